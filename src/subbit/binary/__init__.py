@@ -1,0 +1,1 @@
+"""The mathematics that the methods share: masks, scores, splits, scales, compensation, allocation."""

@@ -1,0 +1,63 @@
+"""Layer-wise N:M: importance decides the order, an exact allocator the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["AllocationKind", "allocate", "cosine_importance", "outlier_share", "spread_importance"]
+
+AllocationKind = Literal["uniform", "sine", "l2", "outliers", "cosine"]
+
+SMALLEST_COSINE = 1e-2  # a layer that turns its input around counts as a hundred times the average, not as infinite
+
+
+def cosine_importance(before: Tensor, after: Tensor) -> float:
+    """1 / cosine similarity of a decoder layer's input and output (tokens, hidden), mean over tokens (PBS²P, eq. 12).
+
+    A layer that changes its input little is redundant. Zero and negative similarities count as 0.01.
+    """
+    dot = (before * after).sum(dim=-1)
+    norm = before.norm(dim=-1) * after.norm(dim=-1)
+    return 1 / max(float((dot / norm.clamp_min(1e-12)).mean()), SMALLEST_COSINE)
+
+
+def outlier_share(weight: Tensor, activation_norm: Tensor, factor: float = 6.0) -> float:
+    """Share of the entries of |W|·‖x_j‖ above ``factor`` times their mean (OWL, arXiv 2310.05175; STBLLM's code)."""
+    metric = weight.abs() * activation_norm
+    return float((metric > factor * metric.mean()).float().mean())
+
+
+def spread_importance(importance: Sequence[float], n: int, spread: float) -> list[float]:
+    """Real-valued N for every unit: from n − spread for the least important to n + spread for the most (PBS²P, eq. 14)."""
+    low, high = min(importance), max(importance)
+    if high - low < 1e-12:
+        return [float(n)] * len(importance)
+    return [n - spread + 2 * spread * (value - low) / (high - low) for value in importance]
+
+
+def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:
+    """Whole N_i, 1 … M, as near to ``desired`` as the target allows.
+
+    The weighted mean of N_i equals ``n`` to within half a step of one unit: starting from the rounded wishes, the unit
+    that is furthest below (above) its wish is raised (lowered) as long as that brings the mean closer. Ties go to the
+    earlier unit.
+
+    Args:
+        desired: real-valued N of every unit (linears that must share one N are one unit).
+        sizes: weights of every unit.
+        n: the target, N of N:M.
+        m: the group size.
+    """
+    numbers = [min(max(math.floor(wish + 0.5), 1), m) for wish in desired]
+    target = n * sum(sizes)
+    while True:
+        missing = target - sum(number * size for number, size in zip(numbers, sizes, strict=True))
+        step = 1 if missing > 0 else -1
+        movable = [i for i, size in enumerate(sizes) if 1 <= numbers[i] + step <= m and size < 2 * abs(missing)]
+        if not movable:
+            return numbers
+        numbers[max(movable, key=lambda i: (step * (desired[i] - numbers[i]), -i))] += step

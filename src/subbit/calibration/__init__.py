@@ -1,0 +1,1 @@
+"""Calibration: the text that methods see, and the statistics gathered from it."""

@@ -1,0 +1,1 @@
+"""Compressed checkpoints on disk: written atomically and resumably, read with suspicion."""

@@ -1,0 +1,142 @@
+"""Open a compressed checkpoint: what it holds, how many bits that is, and whether it is intact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, StoredTensor, read_header, sha256
+from subbit.errors import CheckpointError
+from subbit.packing.layout import GroupedBinarySpec
+
+__all__ = ["Checkpoint", "check_format_version", "is_compressed", "open_checkpoint"]
+
+SAFETENSORS_DTYPES = {"torch.uint8": "U8", "torch.float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed checkpoint directory; only headers and JSON have been read."""
+
+    directory: Path
+    config: dict[str, Any]
+    specs: dict[str, GroupedBinarySpec]  # compressed linears by module name
+    tensors: dict[str, StoredTensor]
+    manifest: dict[str, Any]  # empty after save_pretrained() to another place
+
+    @cached_property
+    def files(self) -> list[str]:
+        """The weight files."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum((self.directory / file).stat().st_size for file in self.files)
+
+    def packed(self, name: str) -> dict[str, StoredTensor]:
+        """The stored tensors of a compressed linear, by short name."""
+        return {key: self.tensors[f"{name}.{key}"] for key in self.specs[name].tensors()}
+
+    def check_structure(self) -> None:
+        """CheckpointError unless every packed tensor is there with the shape and dtype that its spec says."""
+        for name, spec in self.specs.items():
+            for key, (shape, dtype) in spec.tensors().items():
+                stored = self.tensors.get(f"{name}.{key}")
+                if stored is None:
+                    raise CheckpointError(f"{self.directory}: the packed tensor {name}.{key} is missing")
+                if stored.shape != shape or stored.dtype != SAFETENSORS_DTYPES[str(dtype)]:
+                    raise CheckpointError(
+                        f"{self.directory}: {name}.{key} is {stored.dtype} {list(stored.shape)}, not {dtype} {list(shape)}"
+                    )
+
+    def check_contents(self) -> None:
+        """CheckpointError unless every file has the checksum of the manifest, where there is one."""
+        for file, facts in self.manifest.get("files", {}).items():
+            path = self.directory / file
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing; get it again or compress again")
+            if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
+                raise CheckpointError(f"{path} is not the file that was written (checksum differs); get it again")
+
+
+def is_compressed(directory: Path) -> bool:
+    """Whether ``config.json`` there says that subbit wrote it."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool((config.get("quantization_config") or {}).get("quant_method") == "subbit")
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Read the headers of a compressed checkpoint and check its structure, not yet its checksums.
+
+    Raises:
+        CheckpointError: no, an unfinished, a damaged or a newer checkpoint.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "subbit":
+        raise CheckpointError(
+            f"{directory} was not compressed by subbit (its config.json has no subbit quantization_config)"
+        )
+    check_format_version(quantization, directory)
+    specs = {name: GroupedBinarySpec.from_dict(spec) for name, spec in quantization["linears"].items()}
+    manifest_path = directory / MANIFEST_FILE
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    checkpoint = Checkpoint(directory, config, specs, read_tensors(directory), manifest)
+    checkpoint.check_structure()
+    return checkpoint
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json``; CheckpointError that tells a missing directory from an unfinished run."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; give the output directory of 'subbit compress'")
+    if not (directory / "config.json").exists():
+        if (directory / ".subbit").is_dir():
+            raise CheckpointError(f"{directory} is unfinished; run the same 'subbit compress' with --resume")
+        raise CheckpointError(f"{directory} has no config.json; give the output directory of 'subbit compress'")
+    return read_json(directory / "config.json")
+
+
+def check_format_version(quantization: dict[str, Any], where: Any) -> None:
+    """CheckpointError for a format that this version cannot read."""
+    version = quantization.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{where}: format_version {version!r} is not a version of subbit's format")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has format version {version}, this subbit reads up to {FORMAT_VERSION}: pip install -U subbit"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError when it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object; get it again or compress again")
+    return value
+
+
+def read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All stored tensors by name, from the headers of the index's files or of the only file."""
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return read_header(directory / "model.safetensors")
+    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    missing = [name for name, file in weight_map.items() if name not in headers[file]]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: the tensor {missing[0]} is not in {weight_map[missing[0]]} as the index says"
+        )
+    return {name: headers[file][name] for name, file in weight_map.items()}

@@ -1,0 +1,288 @@
+"""The command line: one subcommand, one function of the API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from subbit.errors import UserError
+
+app = typer.Typer(
+    help="Compress Hugging Face language models towards one bit per weight and below, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine instead of text for a person.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A directory, a Hugging Face hub id, or a GGUF file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the compressed checkpoint.")],
+    method: Annotated[str | None, typer.Option(help="stbllm or pbs2p.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="N:M, N of every M weights are kept; M is 4, 8 or 16.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration windows.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options here go before it.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any recipe field, for example --set options.block_size=64. Repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same recipe.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Compress a model: calibrate, prune and binarize layer by layer, pack, write."""
+    from subbit import compress as run
+    from subbit import inspect as describe
+    from subbit.progress import ConsoleProgress
+
+    given: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "calibration.seq_len": seq_len,
+        "calibration.seed": seed,
+    }
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    run(
+        model,
+        build_recipe(recipe, {key: value for key, value in given.items() if value is not None}, set_ or []),
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=ConsoleProgress(),
+    )
+    facts = describe(out)
+    print_json(facts) if json_ else print_totals(facts)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint or a dense model.")],
+    perplexity: Annotated[list[str], typer.Option(help="wikitext2, ptb, c4, or a .txt or .jsonl file. Repeatable.")] = [
+        "wikitext2"
+    ],  # noqa: B006 (typer reads it once)
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the start.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Perplexity in the protocol of GPTQ and both papers: 2048-token windows without overlap."""
+    from subbit import evaluate as run
+    from subbit.pipeline import pick_device
+    from subbit.progress import ConsoleProgress
+
+    results = run(
+        model,
+        perplexity,
+        split=split,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        dtype=read_dtype(dtype),
+        device=str(pick_device(device)),
+        trust_remote_code=trust_remote_code,
+        progress=ConsoleProgress(),
+    )
+    if json_:
+        print_json({"model": model, "perplexity": {name: dataclasses.asdict(r) for name, r in results.items()}})
+        return
+    for name, result in results.items():
+        error = "" if result.standard_error is None else f" ± {result.standard_error:.2f}"
+        print(f"{name} {split} perplexity: {result.value:.3f}{error} (standard error)")
+        print(f"  {result.protocol}; {result.origin}; {result.tokens_per_second:.0f} tokens/s")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint or a dense model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Continue a text."""
+    import torch
+    from transformers import TextStreamer
+
+    from subbit.loading import load_any
+    from subbit.pipeline import pick_device
+
+    if not prompt or max_new_tokens < 1 or temperature < 0:
+        raise UserError(
+            "give a prompt that is not empty, --max-new-tokens of at least 1 and --temperature of at least 0"
+        )
+    loaded, tokenizer = load_any(model, read_dtype(dtype), str(pick_device(device)), trust_remote_code)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    linears: Annotated[bool, typer.Option("--linears", help="A line for every linear, not only every layer.")] = False,
+    json_: Json = False,
+) -> None:
+    """What a checkpoint holds: N:M, error and bytes of every layer; nominal, stored and model bits."""
+    from subbit import inspect as describe
+
+    facts = describe(directory)
+    if json_:
+        print_json(facts)
+        return
+    table = Table("layer", "N:M", "nominal bits", "stored bits", "output error", "bytes")
+    for layer in facts["layers"]:
+        kinds = ", ".join(dict.fromkeys(linear["sparsity"] for linear in layer["linears"]))
+        add_row(table, layer, kinds, layer["linear_bytes"])
+        for linear in layer["linears"] if linears else []:
+            add_row(table, linear, linear["sparsity"], linear["bytes"])
+    Console().print(table)
+    print_totals(facts)
+
+
+@app.command()
+def env(json_: Json = False) -> None:
+    """Versions, devices and what will run where: put this into a bug report."""
+    import torch
+    import transformers
+
+    from subbit import __version__
+    from subbit.calibration.text import data_root
+
+    facts = {
+        "subbit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backend": "torch reference (unpacks a tile of rows at a time; native kernels are not built)",
+        "data": f"{data_root()} ({'present' if data_root().is_dir() else 'absent: the hub is asked'})",
+    }
+    if json_:
+        print_json(facts)
+        return
+    for key, value in facts.items():
+        print(f"{key:13} {value if value is not None else 'none'}")
+
+
+def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str]) -> Any:
+    """The recipe of a file, changed by the options, changed by ``--set``."""
+    import yaml
+
+    from subbit.recipe import Recipe, read_yaml
+
+    values = read_yaml(file) if file else {}
+    if "method" in given and given["method"] != values.get("method"):
+        values = {key: value for key, value in values.items() if key not in ("options", "allocation")}
+    for key, value in given.items():
+        assign(values, key, value)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r} is not of the form field=value, for example options.block_size=64")
+        assign(values, key, yaml.safe_load(text))
+    return Recipe.create(values)
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings."""
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"recipe: {part} is not a section, so {key} cannot be set")
+        values = inner
+    values[last] = value
+
+
+def read_dtype(name: str) -> Any:
+    """A torch dtype; UserError for one that models do not run in."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {name!r}: choose float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def add_row(table: Table, entry: dict[str, Any], kinds: str, size: int) -> None:
+    """A layer or a linear."""
+    error = "–" if entry["error"] is None else f"{entry['error']:.4f}"
+    bits = entry["bits"]
+    table.add_row(entry["name"], kinds, f"{bits['nominal']:.3f}", f"{bits['stored']:.3f}", error, f"{size:,}")
+
+
+def print_totals(facts: dict[str, Any]) -> None:
+    """The sums, each with what it counts."""
+    bits = facts["bits"]
+    print(f"{facts['method']} {facts['sparsity']}  {facts['directory']}")
+    print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: N/M × (1 + share of salient columns)")
+    print(
+        f"  stored  {bits['stored']:.3f} bits  {facts['linear_bytes']:,} bytes for {facts['linear_weights']:,} linear weights"
+    )
+    print(
+        f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {facts['parameters']:,} parameters"
+    )
+    print(
+        f"  files   {facts['linear_bytes']:,} linears + {facts['dense_bytes']:,} embeddings, norms, biases "
+        f"+ {facts['header_bytes']:,} headers = {facts['file_bytes']:,} bytes"
+    )
+    for name, reason in facts["left_dense"].items():
+        print(f"  left dense: {name} ({reason})")
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON on standard output."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished layers are kept: run again with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: what a model, dense or compressed, is worth and how fast it runs."""

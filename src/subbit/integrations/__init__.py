@@ -1,0 +1,1 @@
+"""Where subbit meets other libraries."""

@@ -1,0 +1,98 @@
+"""Plain ``from_pretrained`` and ``save_pretrained`` for compressed checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from subbit.checkpoint.files import FORMAT_VERSION
+from subbit.checkpoint.reader import check_format_version, open_checkpoint
+from subbit.errors import CheckpointError
+from subbit.packing.layout import GroupedBinarySpec
+from subbit.runtime.linear import SubbitLinear
+
+__all__ = ["SubbitConfig", "SubbitQuantizer", "register"]
+
+
+class SubbitConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint, as docs/format.md describes it."""
+
+    def __init__(
+        self,
+        linears: dict[str, dict[str, Any]] | None = None,
+        left_dense: dict[str, str] | None = None,
+        method: str = "",
+        sparsity: str = "",
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = "subbit"
+        self.format_version = format_version
+        self.method = method
+        self.sparsity = sparsity
+        self.linears = linears or {}
+        self.left_dense = left_dense or {}
+
+
+class SubbitQuantizer(HfQuantizer):
+    """Puts a :class:`SubbitLinear` where a compressed linear stood; the weights then load like any others."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """CheckpointError for a format version that this subbit cannot read."""
+        check_format_version({"format_version": self.quantization_config.format_version}, "this checkpoint")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if checkpoint_files:
+            checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+            checkpoint.check_contents()
+        for name, spec in self.quantization_config.linears.items():
+            replace_linear(model, name, GroupedBinarySpec.from_dict(spec))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, SubbitLinear) and any(tensor.is_meta for tensor in module.packed().values()):
+                raise CheckpointError(f"the packed tensors of {name} were not loaded; the checkpoint is incomplete")
+        return model
+
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+
+def replace_linear(model: nn.Module, name: str, spec: GroupedBinarySpec) -> None:
+    """Put an empty SubbitLinear in the place of a linear; CheckpointError when there is none of that shape."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the model has no linear {name}; load it with AutoModelForCausalLM") from None
+    shape = (getattr(old, "out_features", None), getattr(old, "in_features", None))
+    if shape != (spec.out_features, spec.in_features):
+        raise CheckpointError(
+            f"{name} is {shape} in the model, but {spec.out_features}, {spec.in_features} in the file"
+        )
+    with torch.device("meta"):
+        model.set_submodule(name, SubbitLinear(spec, getattr(old, "bias", None)))
+
+
+def register() -> None:
+    """Make ``from_pretrained`` know subbit; ``import subbit`` calls it, more than once does no harm."""
+    if "subbit" not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config("subbit")(SubbitConfig)
+        register_quantizer("subbit")(SubbitQuantizer)

@@ -1,0 +1,208 @@
+"""Load, inspect and evaluate what compress() wrote; dense models too where that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
+from subbit.evaluation.perplexity import Perplexity, evaluate_perplexity
+from subbit.integrations.transformers import register
+from subbit.models.source import open_source
+from subbit.packing.accounting import BitCount, LinearCount
+from subbit.progress import Progress, SilentProgress
+from subbit.runtime.linear import SubbitLinear
+
+__all__ = ["evaluate", "inspect", "load"]
+
+
+def load(
+    directory: str | Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a compressed checkpoint: the model, in eval mode, and its tokenizer.
+
+    Args:
+        dtype: of the activations and of what is not compressed; "auto" is the dtype of the source model.
+
+    Raises:
+        CheckpointError: a missing, truncated or altered file, a packed tensor that is not there, a newer format.
+    """
+    register()
+    open_checkpoint(directory)  # its errors are clearer than those of transformers
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return model.to(device).eval(), tokenizer
+
+
+def load_any(
+    model: str | Path, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A compressed checkpoint or a dense model, for evaluation and generation."""
+    path = Path(model)
+    if is_compressed(path) or (path / ".subbit").is_dir():
+        return load(path, dtype, device, trust_remote_code)
+    source = open_source(model, trust_remote_code)
+    tokenizer = source.tokenizer()
+    return source.load_model(dtype).to(device), tokenizer
+
+
+def evaluate(
+    model: str | Path,
+    perplexity: Sequence[str] = ("wikitext2",),
+    *,
+    split: str = "test",
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Perplexity]:
+    """Perplexity of a compressed or dense model on each of some data sets or local text files.
+
+    Args:
+        seq_len: tokens of a window; windows do not overlap, as in GPTQ's evaluation.
+        max_windows: only so many windows from the start of the text.
+    """
+    progress = progress or SilentProgress()
+    loaded, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    results = {}
+    for dataset in perplexity:
+        with progress.stage(f"perplexity on {dataset}") as report:
+            results[dataset] = evaluate_perplexity(
+                loaded, tokenizer, dataset, split=split, seq_len=seq_len, max_windows=max_windows, progress=report
+            )
+    return results
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """What a compressed checkpoint holds and how many bits that is, counted from the headers of its files.
+
+    Returns:
+        JSON-able. ``bits``: nominal (as the papers count), stored (bits of the file per linear weight, everything that
+        the linears need), model (bits of all weight files per parameter of the dense model). ``linear_weights``,
+        ``linear_bytes``, ``dense_bytes`` (embeddings, norms, biases), ``header_bytes``; these three add up to
+        ``file_bytes``. ``layers``: the decoder layers, each with its ``linears``. ``left_dense``: linears not
+        compressed, and why; they count in all bits.
+    """
+    checkpoint = open_checkpoint(directory)
+    linears = count_linears(checkpoint)
+    tensor_bytes = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    parameters = sum(count.weights for count in linears.values()) + count_others(checkpoint, linears)
+    total = BitCount.of(list(linears.values()), parameters, checkpoint.file_bytes)
+    quantization = checkpoint.config["quantization_config"]
+    return {
+        "directory": str(directory),
+        "method": quantization["method"],
+        "sparsity": quantization["sparsity"],
+        "calibration": checkpoint.manifest.get("calibration"),
+        "bits": {"nominal": total.nominal, "stored": total.stored, "model": total.model},
+        "linear_weights": total.linear_weights,
+        "linear_bytes": total.linear_bytes,
+        "dense_bytes": tensor_bytes - total.linear_bytes,
+        "header_bytes": total.file_bytes - tensor_bytes,
+        "file_bytes": total.file_bytes,
+        "parameters": total.parameters,
+        "layers": describe_layers(checkpoint, linears),
+        "left_dense": quantization["left_dense"],
+    }
+
+
+def count_linears(checkpoint: Checkpoint) -> dict[str, LinearCount]:
+    """Weights and bytes of every linear of the decoder layers, compressed or left dense."""
+    counts = {}
+    for name, spec in checkpoint.specs.items():
+        stored = checkpoint.packed(name)
+        salient = salient_share(checkpoint, name)
+        nominal = spec.n / spec.m * (1 + salient)
+        size = sum(tensor.bytes for tensor in stored.values())
+        counts[name] = LinearCount(spec.out_features * spec.in_features, size, nominal)
+    for name in checkpoint.config["quantization_config"]["left_dense"]:
+        tensor = checkpoint.tensors.get(f"{name}.weight") or checkpoint.tensors[name]
+        counts[name] = LinearCount(tensor.count, tensor.bytes, 8 * tensor.bytes / tensor.count)
+    return counts
+
+
+def salient_share(checkpoint: Checkpoint, name: str) -> float:
+    """Share of the columns of a linear that are salient, from its bitmap in the file."""
+    spec = checkpoint.specs[name]
+    if not spec.has_salient:
+        return 0.0
+    return int(read_bitmap(checkpoint, f"{name}.salient").sum()) / spec.in_features
+
+
+def read_bitmap(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """(bits,) of a packed bitmap; the padding is zero."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
+        packed: torch.Tensor = file.get_tensor(name)
+    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+
+
+def count_others(checkpoint: Checkpoint, linears: dict[str, LinearCount]) -> int:
+    """Elements of all tensors that are no part of a linear: embeddings, norms, biases."""
+    inside = {f"{name}.{key}" for name in checkpoint.specs for key in checkpoint.specs[name].tensors()}
+    inside |= {stored for name in linears for stored in (name, f"{name}.weight")}
+    return sum(tensor.count for name, tensor in checkpoint.tensors.items() if name not in inside)
+
+
+def describe_layers(checkpoint: Checkpoint, linears: dict[str, LinearCount]) -> list[dict[str, Any]]:
+    """One entry a decoder layer."""
+    errors = {
+        name: linear["error"]
+        for layer in checkpoint.manifest.get("layers", [])
+        for name, linear in layer["linears"].items()
+    }
+    grouped: dict[str, list[str]] = {}
+    for name in linears:
+        grouped.setdefault(layer_of(name), []).append(name)
+    layers = []
+    for layer, names in sorted(
+        grouped.items(), key=lambda item: [int(p) if p.isdigit() else 0 for p in item[0].split(".")]
+    ):
+        total = BitCount.of([linears[name] for name in names], 0, 0)
+        known = [errors[name] for name in names if name in errors]
+        layers.append(
+            {
+                "name": layer,
+                "bits": {"nominal": total.nominal, "stored": total.stored},
+                "error": sum(known) / len(known) if known else None,
+                "linear_weights": total.linear_weights,
+                "linear_bytes": total.linear_bytes,
+                "linears": [describe_linear(checkpoint, name, linears[name], errors.get(name)) for name in names],
+            }
+        )
+    return layers
+
+
+def layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``: up to the first number."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+def describe_linear(checkpoint: Checkpoint, name: str, count: LinearCount, error: float | None) -> dict[str, Any]:
+    """One entry a linear."""
+    spec = checkpoint.specs.get(name)
+    return {
+        "name": name,
+        "sparsity": f"{spec.n}:{spec.m}" if spec else "dense",
+        "bits": {"nominal": count.nominal, "stored": count.stored},
+        "error": error,
+        "weights": count.weights,
+        "bytes": count.bytes,
+    }
+
+
+def backend_of(model: PreTrainedModel) -> str:
+    """Which backend multiplies the packed weights."""
+    return "torch reference" if any(isinstance(module, SubbitLinear) for module in model.modules()) else "dense"

@@ -1,0 +1,1 @@
+"""Compressed linears as the bytes of a file, and back, exactly."""

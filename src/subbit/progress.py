@@ -1,0 +1,69 @@
+"""How long runs tell a person where they are: stages with a bar and an ETA, and lines that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBar
+
+__all__ = ["ConsoleProgress", "Progress", "SilentProgress"]
+
+
+class Progress(Protocol):
+    """What the pipeline calls."""
+
+    def line(self, text: str) -> None:
+        """Say something that stays on the screen."""
+
+    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A context manager that yields ``report(done, total)``."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Nothing."""
+        yield lambda done, total: None
+
+
+class ConsoleProgress:
+    """Bars and lines on standard error, so that standard output stays clean for results."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = RichBar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+
+    def line(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar; stages nest."""
+        if not self._bar.tasks:
+            self._bar.start()
+        task = self._bar.add_task(name, total=None)
+        try:
+            yield lambda done, total: self._bar.update(task, completed=done, total=total)
+        finally:
+            self._bar.remove_task(task)
+            if not self._bar.tasks:
+                self._bar.stop()

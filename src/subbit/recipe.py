@@ -1,0 +1,160 @@
+"""Recipe: everything that a compression depends on, validated, saved beside the weights, readable as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from subbit.binary.allocate import AllocationKind
+from subbit.binary.nm import Sparsity
+from subbit.errors import UserError
+from subbit.methods import METHODS
+
+__all__ = ["Allocation", "Calibration", "Override", "Recipe"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown fields are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Section):
+    """The text whose activations say which weights matter."""
+
+    source: str = "self"  # wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples
+    samples: int = Field(32, ge=1)  # windows
+    seq_len: int = Field(512, ge=2)  # tokens of a window
+    seed: int = 0
+    clip_norm: float = Field(2.0, ge=0)  # tokens longer than this multiple of the median count as that long; 0: off
+
+
+class Allocation(Section):
+    """How N is spread over the layers; the mean stays that of the sparsity."""
+
+    kind: AllocationKind = "uniform"
+    spread: float = Field(1.0, ge=0)  # the least and most important layer get N − spread and N + spread
+    samples: int = Field(8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
+
+
+class Override(Section):
+    """What one or more linears get instead: another N:M, or ``dense: true`` to leave them as they are."""
+
+    sparsity: str | None = None
+    dense: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Override:
+        if self.dense == (self.sparsity is not None):
+            raise ValueError("give either a sparsity or dense: true")
+        if self.sparsity is not None:
+            Sparsity.parse(self.sparsity)
+        return self
+
+
+class Recipe(Section):
+    """What to do to a model. ``Recipe(method="pbs2p", sparsity="4:8")`` is complete; the rest has defaults.
+
+    Raises:
+        UserError: from :meth:`create`, :meth:`from_yaml`; pydantic's ValidationError from the constructor.
+    """
+
+    method: Literal["stbllm", "pbs2p"] = "pbs2p"
+    sparsity: str = "4:8"  # N of every M consecutive weights are kept
+    options: Any = None  # of the method: StbllmOptions or Pbs2pOptions, or a mapping of some of their fields
+    allocation: Allocation = Allocation()
+    calibration: Calibration = Calibration()
+    overrides: dict[str, Override] = {}  # linear name, or re:PATTERN, → what it gets; the first match counts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allocation_of_the_method(cls, values: dict[str, Any]) -> dict[str, Any]:
+        method = METHODS.get(values.get("method", "pbs2p"))
+        allocation = values.get("allocation", {})
+        if method and isinstance(allocation, dict):
+            values = {**values, "allocation": {"kind": method.allocation, **allocation}}
+        return values
+
+    @field_validator("sparsity")
+    @classmethod
+    def _parse_sparsity(cls, value: str) -> str:
+        return str(Sparsity.parse(value))
+
+    @model_validator(mode="after")
+    def _read_options(self) -> Recipe:
+        kind = METHODS[self.method].options
+        given = self.options if self.options is not None else {}
+        if isinstance(given, dict):
+            unknown = sorted(set(given) - {field.name for field in dataclasses.fields(kind)})
+            if unknown:
+                known = ", ".join(field.name for field in dataclasses.fields(kind))
+                raise ValueError(f"method {self.method} has no option {unknown[0]!r}; it has {known}")
+        object.__setattr__(self, "options", TypeAdapter(kind).validate_python(given))
+        check_options(self.options, Sparsity.parse(self.sparsity))
+        return self
+
+    def sparsity_of(self, name: str) -> Sparsity | None | Literal["dense"]:
+        """What an override says about a linear, or None."""
+        for pattern, override in self.overrides.items():
+            matches = re.search(pattern[3:], name) if pattern.startswith("re:") else pattern == name
+            if matches:
+                return "dense" if override.dense else Sparsity.parse(override.sparsity or "")
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, every field spelled out."""
+        return {**self.model_dump(exclude={"options"}), "options": dataclasses.asdict(self.options)}
+
+    def to_yaml(self) -> str:
+        """YAML that :meth:`from_yaml` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def create(cls, values: dict[str, Any]) -> Recipe:
+        """Validate a mapping; UserError with the first problem in one line."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+            message = problem["msg"].removeprefix("Value error, ")
+            raise UserError(f"recipe: {where}: {message}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file; UserError when it cannot be read."""
+        return cls.create(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file; UserError when it is none."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the recipe {path} must be a mapping of fields, for example 'method: pbs2p'")
+    return values
+
+
+def check_options(options: Any, sparsity: Sparsity) -> None:
+    """Limits that the types of the options cannot say; ValueError."""
+    if options.block_size < sparsity.m or options.block_size % sparsity.m:
+        raise ValueError(f"block_size {options.block_size} must be a multiple of M = {sparsity.m}")
+    if options.damping <= 0:
+        raise ValueError(f"damping {options.damping} must be positive")
+    if options.candidates < 1 or options.salient_columns < 0:
+        raise ValueError("candidates must be at least 1 and salient_columns at least 0")
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Canonical JSON: equal for equal recipes."""
+    return json.dumps(recipe.to_dict(), sort_keys=True)

@@ -1,0 +1,51 @@
+"""SubbitLinear: the module that stands where a ``nn.Linear`` stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbit.packing.layout import GroupedBinarySpec
+from subbit.runtime.reference import packed_linear
+
+__all__ = ["SubbitLinear"]
+
+
+class SubbitLinear(nn.Module):
+    """A linear whose weight exists only in packed form, as the buffers that docs/format.md lists.
+
+    Not a ``nn.Linear``: model code that initializes weights must not find one here.
+    """
+
+    def __init__(self, spec: GroupedBinarySpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        for name, (shape, dtype) in spec.tensors().items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.register_parameter("bias", bias)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: self.get_buffer(name) for name in self.spec.tensors()}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) → (..., out), dtype of ``inputs``."""
+        return packed_linear(inputs, self.spec, self.packed(), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Casting a model to another dtype must not round the scales: they are what the file says, in float16.
+        kept = self.get_buffer("scales")
+        super()._apply(fn, recurse)
+        moved = self.get_buffer("scales")
+        if moved.dtype != kept.dtype:
+            self.register_buffer("scales", kept.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, {self.spec.n}:{self.spec.m}, bias={self.bias is not None}"
