@@ -14,8 +14,11 @@ import numpy.typing as npt
 
 __all__ = [
     "Blockwise",
+    "Floats",
     "Pbs2pChoices",
+    "ReferenceBlock",
     "ReferenceLinear",
+    "Settle",
     "StbllmChoices",
     "binarize_row",
     "binarize_row_twice",
@@ -31,11 +34,13 @@ __all__ = [
     "prune_column_by_column",
     "quadratic",
     "region_of",
+    "round_scales",
     "score",
     "spbo_pair",
     "split_errors",
     "stbllm_linear",
     "textbook_factor",
+    "to_half",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -301,7 +306,11 @@ def joint_scales(row: Floats, metric: Floats, basis: Floats) -> Floats:
 
 @dataclass
 class ReferenceBlock:
-    """A binarized block; ``scales`` (rows, 2R + 3): R shifts, R scales, shift, scale and residual scale of salient."""
+    """A binarized block; ``scales`` (rows, 2R + 3): R shifts, R scales, shift, scale and residual scale of salient.
+
+    ``moot`` marks salient weights that are alone or two in their row: order 1 meets them exactly, what is left is zero,
+    and the sign of that zero is a matter of rounding.
+    """
 
     keep: Bools
     positive: Bools
@@ -309,6 +318,7 @@ class ReferenceBlock:
     salient: Bools
     regions: int
     scales: Floats
+    moot: Bools
 
     def basis(self, i: int) -> Floats:
         """(2R + 3, k): the dense row i is ``scales[i] @ basis(i)``."""
@@ -353,7 +363,9 @@ def binarize_block(
         positive[i] |= twice.positive
         scales[i, 2 * regions :] = twice.shift, twice.scale, twice.residual_scale
         symbol[i] = np.where(salient, twice.residual_positive, symbol[i])
-    return ReferenceBlock(keep, positive, np.where(keep, symbol, 0), salient, regions, scales)
+    twice_kept = keep & salient
+    moot = twice_kept & (twice_kept.sum(axis=1, keepdims=True) <= 2)
+    return ReferenceBlock(keep, positive, np.where(keep, symbol, 0), salient, regions, scales, moot)
 
 
 def choose_salient(weight: Floats, keep: Bools, diagonal: Floats, limit: int) -> Bools:
@@ -380,17 +392,25 @@ class ReferenceLinear:
     dense: Floats
 
 
-Settle = Callable[[int, Floats], Floats]
-
-
-def round_to_half(block: int, scales: Floats) -> Floats:
-    """float16, as they are stored."""
+def to_half(scales: Floats) -> Floats:
+    """The nearest float16 numbers."""
     return scales.astype(np.float16).astype(np.float64)
+
+
+Settle = Callable[[int, ReferenceBlock, Floats, Floats], None]
+
+
+def round_scales(index: int, block: ReferenceBlock, target: Floats, metric: Floats) -> None:
+    """Store the scales of a block in float16."""
+    block.scales = to_half(block.scales)
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """What the methods share. ``settle`` turns the exact scales of a block (index, scales) into the stored ones."""
+    """What the methods share.
+
+    ``settle`` gets the index, the block with exact scales, its weights and metric, and leaves the stored scales in it.
+    """
 
     n: int
     m: int
@@ -399,7 +419,7 @@ class Blockwise:
     salient_columns: int = 30
     compensation: str = "exact"
     metric: str = "conditional"
-    settle: Settle = round_to_half
+    settle: Settle = round_scales
 
 
 @dataclass(frozen=True)
@@ -441,8 +461,7 @@ def run_blocks(
         metric = gram[columns, columns] if common.metric == "gram" else conditional_metric(hessian, start, end)
         before = current[:, columns].copy()
         block = one(before, columns, upper[columns, columns], metric)
-        used = block.scales.shape[1] if common.salient_columns > 0 else 2 * block.regions
-        block.scales[:, :used] = common.settle(len(blocks), block.scales[:, :used])
+        common.settle(len(blocks), block, before, metric)
         blocks.append(block)
         error = before - block.dense()
         if common.compensation == "diagonal":

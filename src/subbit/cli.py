@@ -84,9 +84,10 @@ def compress(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint or a dense model.")],
-    perplexity: Annotated[list[str], typer.Option(help="wikitext2, ptb, c4, or a .txt or .jsonl file. Repeatable.")] = [
-        "wikitext2"
-    ],  # noqa: B006 (typer reads it once)
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(help="wikitext2 (the default), ptb, c4, or a .txt or .jsonl file. Repeatable."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the start.")] = None,
@@ -102,7 +103,7 @@ def evaluate(
 
     results = run(
         model,
-        perplexity,
+        perplexity or ["wikitext2"],
         split=split,
         seq_len=seq_len,
         max_windows=max_windows,
@@ -249,19 +250,13 @@ def add_row(table: Table, entry: dict[str, Any], kinds: str, size: int) -> None:
 
 def print_totals(facts: dict[str, Any]) -> None:
     """The sums, each with what it counts."""
-    bits = facts["bits"]
+    bits, weights, parameters = facts["bits"], facts["linear_weights"], facts["parameters"]
+    linears, others, headers = facts["linear_bytes"], facts["dense_bytes"], facts["header_bytes"]
     print(f"{facts['method']} {facts['sparsity']}  {facts['directory']}")
     print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: N/M × (1 + share of salient columns)")
-    print(
-        f"  stored  {bits['stored']:.3f} bits  {facts['linear_bytes']:,} bytes for {facts['linear_weights']:,} linear weights"
-    )
-    print(
-        f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {facts['parameters']:,} parameters"
-    )
-    print(
-        f"  files   {facts['linear_bytes']:,} linears + {facts['dense_bytes']:,} embeddings, norms, biases "
-        f"+ {facts['header_bytes']:,} headers = {facts['file_bytes']:,} bytes"
-    )
+    print(f"  stored  {bits['stored']:.3f} bits  {linears:,} bytes for {weights:,} linear weights, everything counted")
+    print(f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {parameters:,} parameters")
+    print(f"  files   {linears:,} linears + {others:,} embeddings, norms, biases + {headers:,} headers")
     for name, reason in facts["left_dense"].items():
         print(f"  left dense: {name} ({reason})")
 

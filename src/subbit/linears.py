@@ -42,8 +42,8 @@ def levels(scales: Tensor, regions: int) -> Tensor:
 
 def level_index(positive: Tensor, symbol: Tensor, salient: Tensor, regions: int) -> Tensor:
     """Which of :func:`levels` a kept weight takes, int64; ``salient`` (bool) broadcasts against the other two."""
-    sign, symbol = positive.long(), symbol.long()
-    return torch.where(salient, 2 * regions + 2 * sign + symbol, 2 * symbol + sign)
+    sign = positive.to(torch.uint8)  # bytes until the end: a quarter of the time of 64-bit arithmetic
+    return torch.where(salient, 2 * regions + 2 * sign + symbol, 2 * symbol + sign).long()
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,20 @@ class Calibration(Section):
     """The text whose activations say which weights matter."""
 
     source: str = "self"  # wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples
-    samples: int = Field(32, ge=1)  # windows
-    seq_len: int = Field(512, ge=2)  # tokens of a window
+    samples: int = Field(default=32, ge=1)  # windows
+    seq_len: int = Field(default=512, ge=2)  # tokens of a window
     seed: int = 0
-    clip_norm: float = Field(2.0, ge=0)  # tokens longer than this multiple of the median count as that long; 0: off
+    clip_norm: float = Field(
+        default=2.0, ge=0
+    )  # tokens longer than this multiple of the median count as that long; 0: off
 
 
 class Allocation(Section):
     """How N is spread over the layers; the mean stays that of the sparsity."""
 
     kind: AllocationKind = "uniform"
-    spread: float = Field(1.0, ge=0)  # the least and most important layer get N − spread and N + spread
-    samples: int = Field(8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
+    spread: float = Field(default=1.0, ge=0)  # the least and most important layer get N − spread and N + spread
+    samples: int = Field(default=8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
 
 
 class Override(Section):
@@ -99,7 +101,7 @@ class Recipe(Section):
         check_options(self.options, Sparsity.parse(self.sparsity))
         return self
 
-    def sparsity_of(self, name: str) -> Sparsity | None | Literal["dense"]:
+    def sparsity_of(self, name: str) -> Sparsity | Literal["dense"] | None:
         """What an override says about a linear, or None."""
         for pattern, override in self.overrides.items():
             matches = re.search(pattern[3:], name) if pattern.startswith("re:") else pattern == name

@@ -32,7 +32,7 @@ def outlier_share(weight: Tensor, activation_norm: Tensor, factor: float = 6.0) 
 
 
 def spread_importance(importance: Sequence[float], n: int, spread: float) -> list[float]:
-    """Real-valued N for every unit: from n − spread for the least important to n + spread for the most (PBS²P, eq. 14)."""
+    """Real-valued N of every unit, n − spread for the least important … n + spread for the most (PBS²P, eq. 14)."""
     low, high = min(importance), max(importance)
     if high - low < 1e-12:
         return [float(n)] * len(importance)

@@ -100,7 +100,7 @@ def assign_regions(values: Tensor, thresholds: tuple[float, ...]) -> Tensor:
 
 
 def rank_columns(weight: Tensor, upper_diagonal: Tensor) -> Tensor:
-    """(k,) int64: the block's columns by Σ_rows w² / U_jj², most salient first (BiLLM's Hessian metric, section 3.2)."""
+    """(k,) int64: the block's columns by Σ_rows w² / U_jj², most salient first (BiLLM, section 3.2)."""
     saliency = (weight / upper_diagonal).square().sum(dim=0)
     return saliency.sort(descending=True, stable=True).indices
 

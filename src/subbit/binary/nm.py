@@ -12,8 +12,8 @@ from torch import Tensor
 from subbit.errors import UserError
 
 __all__ = [
-    "PRUNING_SCORES",
     "GROUP_SIZES",
+    "PRUNING_SCORES",
     "PruningScore",
     "ScoreStatistics",
     "Sparsity",
@@ -111,13 +111,14 @@ def score_statistics(
 
     Args:
         kind: ``magnitude`` |w|; ``wanda`` |w|·‖x_j‖; ``sparsegpt`` w²/U_jj²; ``obs`` w²/[H⁻¹]_jj (PBS²P's fine search);
-            ``ria`` (relative importance)·‖x_j‖^a; ``si`` STBLLM's Standardized Importance, σ(relative importance)·‖x_j‖^a.
+            ``ria`` (relative importance)·‖x_j‖^a; ``si`` STBLLM's Standardized Importance, which
+            standardizes the relative importance first.
         weight: (out, in) float32, original.
         gram: (in, in) float32, H = XᵀX / tokens; ‖x_j‖ is √H_jj, a common factor apart.
         inverse_factor: (in, in) upper factor U with UᵀU = H⁻¹.
         activation_exponent: a, for ria and si. STBLLM's paper has 1, its code 0.5.
-        standardize: for si: subtract the mean over the linear and divide by the standard deviation, as the paper writes.
-            Without it si is ria.
+        standardize: for si: subtract the mean over the linear and divide by the standard deviation, as the paper has
+            it. Without it si is ria.
     """
     norm = gram.diagonal().clamp_min(0).sqrt()
     factor = {

@@ -11,7 +11,7 @@ RIDGE = 1e-7  # relative to the mean diagonal of the small system; only breaks e
 
 
 def quadratic_error(error: Tensor, metric: Tensor) -> Tensor:
-    """(rows,) e S eᵀ for every row of ``error`` (rows, k), ``metric`` S (k, k): the output error, in units of the Gram."""
+    """(rows,) e S eᵀ of every row of ``error`` (rows, k) with ``metric`` S (k, k): the output error."""
     return ((error @ metric) * error).sum(dim=1)
 
 

@@ -49,9 +49,8 @@ class Checkpoint:
                 if stored is None:
                     raise CheckpointError(f"{self.directory}: the packed tensor {name}.{key} is missing")
                 if stored.shape != shape or stored.dtype != SAFETENSORS_DTYPES[str(dtype)]:
-                    raise CheckpointError(
-                        f"{self.directory}: {name}.{key} is {stored.dtype} {list(stored.shape)}, not {dtype} {list(shape)}"
-                    )
+                    found = f"{stored.dtype} {list(stored.shape)}"
+                    raise CheckpointError(f"{self.directory}: {name}.{key} is {found}, not {dtype} {list(shape)}")
 
     def check_contents(self) -> None:
         """CheckpointError unless every file has the checksum of the manifest, where there is one."""

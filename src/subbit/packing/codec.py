@@ -78,7 +78,9 @@ def decode_groups(codewords: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     if int(rank.max()) >= len(columns):
         raise CheckpointError(f"a codeword names mask {int(rank.max())}, but {n}:{m} has only {len(columns)}")
     signs = (codewords[..., None] >> torch.arange(n, device=codewords.device)) & 1
-    return columns[rank], signs.bool()
+    # index_select, not indexing: several times faster on the CPU
+    kept = columns.index_select(0, rank.flatten()).view(*rank.shape, n)
+    return kept, signs.bool()
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -117,7 +119,7 @@ def symbol_bytes(count: int, radix: int) -> int:
 
 
 def pack_symbols(symbols: Tensor, radix: int) -> Tensor:
-    """(rows, symbol_bytes) uint8 of ``symbols`` (rows, count) uint8 below ``radix``: base-``radix`` digits, low first."""
+    """(rows, symbol_bytes) uint8 of ``symbols`` (rows, count) uint8 < ``radix``: base-radix digits, low first."""
     rows, count = symbols.shape
     if radix == 1:
         return symbols.new_zeros(rows, 0)
@@ -144,4 +146,6 @@ def unpack_symbols(packed: Tensor, count: int, radix: int) -> Tensor:
         return packed.new_zeros(*packed.shape[:-1], count)
     if radix == 3 and int(packed.max()) >= 3**5:
         raise CheckpointError(f"a symbol byte is {int(packed.max())}, but five symbols of radix 3 end at 242")
-    return symbol_table(radix).to(packed.device)[packed.long()].flatten(-2)[..., :count]
+    table = symbol_table(radix).to(packed.device)
+    digits = table.index_select(0, packed.flatten().int())
+    return digits.view(*packed.shape[:-1], -1)[..., :count]

@@ -174,7 +174,7 @@ def salient_columns(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> Tens
 
 
 def decode_rows(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> Tensor:
-    """(rows, in) float32: the dense weights of the rows in ``tensors``, whose first dimension may be a slice of all rows.
+    """(rows, in) float32: the dense weights of the rows in ``tensors``, which may hold a slice of all rows.
 
     Equal, bit for bit, to the same rows of :meth:`GroupedBinaryLinear.dense`.
     """

@@ -35,7 +35,7 @@ class SubbitLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) → (..., out), dtype of ``inputs``."""
-        return packed_linear(inputs, self.spec, self.packed(), self.bias)
+        return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Casting a model to another dtype must not round the scales: they are what the file says, in float16.
