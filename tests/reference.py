@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 __all__ = [
     "Blockwise",
+    "Bools",
     "Floats",
     "Pbs2pChoices",
     "ReferenceBlock",
@@ -33,6 +34,7 @@ __all__ = [
     "pbs2p_linear",
     "prune_column_by_column",
     "quadratic",
+    "rank_columns",
     "region_of",
     "round_scales",
     "score",

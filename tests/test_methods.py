@@ -86,7 +86,8 @@ def follow(linear: GroupedBinaryLinear, solved: bool) -> Settle:
         else:
             sharp = np.ones(len(exact), dtype=bool)
         ulp = np.abs(np.spacing(exact.astype(np.float16)).astype(np.float64))
-        slack = 1e-5 * np.abs(exact).max(axis=1, keepdims=True) if solved else 0.0
+        # The package multiplies in float32; a solution moves by that noise times the condition number, here below 1e3.
+        slack = 2e-4 * np.abs(exact).max(axis=1, keepdims=True) if solved else 0.0
         assert (np.abs(stored - exact) <= ulp + slack)[sharp].all()
         block.symbol, block.scales = symbol, stored
         # A value is the sum of at most three rounded scales.
@@ -127,18 +128,21 @@ def reference_of(
 
 def assert_equals_reference(seed: int, sparsity: str, options: Options) -> None:
     """Masks, signs and regions exactly, scales to one unit in the last place of float16: :func:`follow` compares."""
-    weight, gram = problem(seed)
+    short_block = options.salient_columns <= 12
+    weight, gram = problem(seed, columns=COLUMNS if short_block else 3 * BLOCK)
     linear = compress(weight, gram, sparsity, options)
     expected = reference_of(weight, gram, sparsity, options, linear)
     assert linear.scales.shape == expected.scales.shape
     assert np.allclose(linear.dense().double().numpy(), expected.dense, rtol=1e-6, atol=1e-9)
 
 
-S = StbllmOptions(block_size=BLOCK, candidates=40)
-P = Pbs2pOptions(block_size=BLOCK, candidates=40)
+# Fewer salient columns than by default: the short last block has 32, and when all but two of them are salient, every
+# split of the rest is exact. Then all candidates tie at an error of zero, and rounding decides which one is taken.
+S = StbllmOptions(block_size=BLOCK, candidates=20, salient_columns=12)
+P = Pbs2pOptions(block_size=BLOCK, candidates=20, salient_columns=12)
 
 STBLLM_CASES: dict[str, tuple[str, StbllmOptions]] = {
-    "defaults": ("4:8", replace(S, candidates=160)),
+    "defaults": ("4:8", replace(S, candidates=160, salient_columns=30)),
     "paper": ("4:8", replace(S, compensation="diagonal", metric="gram")),
     "not-standardized": ("6:8", replace(S, standardize=False)),
     "exponent": ("4:8", replace(S, activation_exponent=0.5)),
@@ -163,7 +167,7 @@ STBLLM_CASES: dict[str, tuple[str, StbllmOptions]] = {
 @pytest.mark.parametrize("case", STBLLM_CASES)
 def test_stbllm_equals_the_reference(case: str) -> None:
     sparsity, options = STBLLM_CASES[case]
-    assert_equals_reference(1, sparsity, options)
+    assert_equals_reference(list(STBLLM_CASES).index(case), sparsity, options)
 
 
 STBLLM_GRAM_CASES: dict[str, tuple[str, StbllmOptions]] = {
@@ -177,11 +181,11 @@ STBLLM_GRAM_CASES: dict[str, tuple[str, StbllmOptions]] = {
 @pytest.mark.parametrize("case", STBLLM_GRAM_CASES)
 def test_stbllm_with_scales_on_the_output_equals_the_reference(case: str) -> None:
     sparsity, options = STBLLM_GRAM_CASES[case]
-    assert_equals_reference(1, sparsity, options)
+    assert_equals_reference(100 + list(STBLLM_GRAM_CASES).index(case), sparsity, options)
 
 
 PBS2P_CASES: dict[str, tuple[str, Pbs2pOptions]] = {
-    "defaults": ("4:8", replace(P, candidates=80)),
+    "defaults": ("4:8", replace(P, candidates=80, salient_columns=30)),
     "paper": ("4:8", replace(P, rescore=False, compensation="diagonal", metric="gram")),
     "at-once": ("4:8", replace(P, steps=1)),
     "at-once-paper": ("4:8", replace(P, steps=1, rescore=False, metric="gram")),
@@ -201,7 +205,7 @@ PBS2P_CASES: dict[str, tuple[str, Pbs2pOptions]] = {
 @pytest.mark.parametrize("case", PBS2P_CASES)
 def test_pbs2p_equals_the_reference(case: str) -> None:
     sparsity, options = PBS2P_CASES[case]
-    assert_equals_reference(2, sparsity, options)
+    assert_equals_reference(200 + list(PBS2P_CASES).index(case), sparsity, options)
 
 
 # --- what must hold for any input -------------------------------------------------------------------------------------
@@ -389,7 +393,8 @@ def awkward(kind: str) -> tuple[Tensor, Tensor]:
     elif kind == "tiny-gram":
         gram = gram * 1e-12
     elif kind == "massive-activation":
-        gram[17], gram[:, 17] = gram[17] * 1e3, gram[:, 17] * 1e3
+        gram[17] *= 300
+        gram[:, 17] *= 300
     return weight, gram
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from subbit.errors import UserError
 
@@ -67,16 +67,20 @@ def compress(
     }
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    run(
-        model,
-        build_recipe(recipe, {key: value for key, value in given.items() if value is not None}, set_ or []),
-        out,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        progress=ConsoleProgress(),
-    )
+    try:
+        run(
+            model,
+            build_recipe(recipe, {key: value for key, value in given.items() if value is not None}, set_ or []),
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=ConsoleProgress(),
+        )
+    except KeyboardInterrupt:
+        print("interrupted; finished layers are kept: run again with --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
     facts = describe(out)
     print_json(facts) if json_ else print_totals(facts)
 
@@ -149,7 +153,9 @@ def generate(
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
-    loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling)
+    loaded.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling
+    )
 
 
 @app.command()
@@ -165,7 +171,7 @@ def inspect(
     if json_:
         print_json(facts)
         return
-    table = Table("layer", "N:M", "nominal bits", "stored bits", "output error", "bytes")
+    table = Table(Column("layer", no_wrap=True), "N:M", "nominal bits", "stored bits", "output error", "bytes")
     for layer in facts["layers"]:
         kinds = ", ".join(dict.fromkeys(linear["sparsity"] for linear in layer["linears"]))
         add_row(table, layer, kinds, layer["linear_bytes"])
@@ -206,10 +212,10 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
     """The recipe of a file, changed by the options, changed by ``--set``."""
     import yaml
 
-    from subbit.recipe import Recipe, read_yaml
+    from subbit.recipe import Recipe, parse_yaml, read_yaml
 
     values = read_yaml(file) if file else {}
-    if "method" in given and given["method"] != values.get("method"):
+    if "method" in given and given["method"] != values.get("method", Recipe().method):
         values = {key: value for key, value in values.items() if key not in ("options", "allocation")}
     for key, value in given.items():
         assign(values, key, value)
@@ -217,7 +223,10 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment!r} is not of the form field=value, for example options.block_size=64")
-        assign(values, key, yaml.safe_load(text))
+        try:
+            assign(values, key, parse_yaml(text))
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment!r} is not YAML: {' '.join(str(error).split())}") from None
     return Recipe.create(values)
 
 
@@ -268,15 +277,16 @@ def print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
+    from transformers.utils.logging import disable_progress_bar
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # those of transformers and the hub; in a file they are noise around the one line
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; finished layers are kept: run again with --resume", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

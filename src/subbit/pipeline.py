@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from subbit.binary.allocate import allocate, cosine_importance, outlier_share, s
 from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
 from subbit.calibration.gram import GramCollector
-from subbit.calibration.text import calibration_windows
-from subbit.checkpoint.files import FORMAT_VERSION
+from subbit.calibration.text import calibration_windows, check_context
+from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.errors import UserError
@@ -91,14 +92,18 @@ def compress(
     tokenizer = source.tokenizer()
     writer = CheckpointWriter(Path(out), recipe, model_digest(source), resume=resume, overwrite=overwrite)
     if writer.finished:
+        writer.tidy()
         progress.line(f"{out} is already complete")
         return open_checkpoint(out)
     with torch.no_grad():
+        read_rest(job)  # NaN in there must stop the run now, not after the last layer
         if writer.state:
             windows, hidden = writer.restore()
             calls = capture_inputs(skeleton, job.layout, source, windows[:1], device=job.device)[1]
-            progress.line(f"resuming at layer {writer.layers_done + 1} of {job.layout.num_layers}")
+            progress.line(f"resuming: {writer.layers_done} of {job.layout.num_layers} layers are done")
         else:
+            check_overrides(job)
+            check_context(skeleton, recipe.calibration.seq_len)
             windows, origin = collect_windows(job, tokenizer)
             check_space(Path(out), estimate_bytes(source, windows))
             with progress.stage("embedding") as report:
@@ -118,15 +123,19 @@ def pick_device(name: str) -> torch.device:
     """UserError for a device that this machine does not have."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name!r} is not available here; use --device cpu") from None
     return device
 
 
 def model_digest(source: ModelSource) -> str:
-    """Tells models apart: config, tensor names, shapes, dtypes and the first values of every tensor."""
-    digest = hashlib.sha256(source.config.to_json_string(use_diff=False).encode())
+    """Tells models apart: config, tensor names, shapes, dtypes and the first values of every tensor.
+
+    Where the model lies and which transformers reads it is no part of it: it must be the same after a move.
+    """
+    config = {k: v for k, v in source.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(source.names):
         tensor = source.tensor(name)
         head = tensor.flatten()[:64].float().numpy().tobytes()
@@ -183,8 +192,7 @@ def plan_sparsity(job: Job, hidden: Tensor, calls: list[LayerCall]) -> tuple[dic
             else:
                 free[full] = linear.weight.numel()
         for name, shape in uncompressed_matrices(job.layer(index)).items():
-            if len(shape) > 2:
-                left_dense[f"{prefix}.{name}"] = f"a parameter of shape {list(shape)}, not a linear"
+            left_dense[f"{prefix}.{name}"] = f"a parameter of shape {list(shape)}, not a linear"
     if not free and not sparsities:
         raise UserError(
             f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
@@ -192,10 +200,21 @@ def plan_sparsity(job: Job, hidden: Tensor, calls: list[LayerCall]) -> tuple[dic
     sparsities.update(allocate_linears(job, free, target, hidden, calls))
     for name, reason in left_dense.items():
         job.progress.line(f"left dense: {name} ({reason})")
-    order = [
-        f"{job.layout.layer_name(i)}.{n}" for i in range(job.layout.num_layers) for n in layer_linears(job.layer(i))
-    ]
-    return {name: sparsities[name] for name in order if name in sparsities}, left_dense
+    return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, left_dense
+
+
+def linear_names(job: Job) -> list[str]:
+    """Full names of the linears of all decoder layers, in order."""
+    depth = range(job.layout.num_layers)
+    return [f"{job.layout.layer_name(index)}.{name}" for index in depth for name in layer_linears(job.layer(index))]
+
+
+def check_overrides(job: Job) -> None:
+    """UserError for an override that no linear matches: a misspelled name must not compress what it was to protect."""
+    names = linear_names(job)
+    for pattern in job.recipe.overrides:
+        if not any(Recipe.matches(pattern, name) for name in names):
+            raise UserError(f"recipe: overrides: {pattern!r} matches no linear of the model, which has {names[0]}, …")
 
 
 def allocate_linears(
@@ -208,7 +227,9 @@ def allocate_linears(
     units = allocation_units(job, free)
     sizes = [sum(free[name] for name in unit) for unit in units]
     importance = unit_importance(job, units, hidden[: allocation.samples], calls)
-    numbers = allocate(spread_importance(importance, target.n, allocation.spread), sizes, target.n, target.m)
+    low = target.n - 1.0 if allocation.n_low is None else allocation.n_low
+    high = target.n + 1.0 if allocation.n_high is None else allocation.n_high
+    numbers = allocate(spread_importance(importance, low, high), sizes, target.n, target.m)
     return {name: f"{n}:{target.m}" for unit, n in zip(units, numbers, strict=True) for name in unit}
 
 
@@ -397,9 +418,13 @@ def relative_output_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
 def read_others(source: ModelSource, prefix: str, done: set[str]) -> dict[str, Tensor]:
     """Stored tensors under ``prefix`` except ``done``, in the dtype of the checkpoint (float16 for GGUF)."""
     tensors = {name: source.tensor(name) for name in source.names if name.startswith(prefix) and name not in done}
-    if source.gguf_file is None:
-        return tensors
-    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if source.gguf_file is not None:
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        finite = not tensor.is_floating_point() or all(bool(end.isfinite()) for end in tensor.aminmax())
+        if tensor.numel() and not finite:
+            raise UserError(f"tensor {name} in {source.directory} holds NaN or infinity; download the model again")
+    return tensors
 
 
 def read_rest(job: Job) -> dict[str, Tensor]:
@@ -410,7 +435,10 @@ def read_rest(job: Job) -> dict[str, Tensor]:
 
 def save_extras(job: Job, writer: CheckpointWriter, tokenizer: Any, directory: Path) -> None:
     """Tokenizer, generation config, custom code and, last, config.json, which makes the checkpoint loadable."""
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises bare Exceptions, also for a full disk
+        raise UserError(f"cannot save the tokenizer in {directory}: {error}; then run again with --resume") from error
     for pattern in ("generation_config.json", *(["*.py"] if job.source.trust_remote_code else [])):
         for file in job.source.directory.glob(pattern):
             (directory / file.name).write_bytes(file.read_bytes())
@@ -419,7 +447,8 @@ def save_extras(job: Job, writer: CheckpointWriter, tokenizer: Any, directory: P
     config.dtype = torch.float16 if job.source.gguf_file else job.source.dtype
     config.architectures = [type(job.model).__name__]
     config.quantization_config = quantization_config(job, writer)
-    config.save_pretrained(directory)
+    # Not save_pretrained, which refuses configs with generation settings and can leave half a file.
+    write_text(directory / "config.json", config.to_json_string())
 
 
 def quantization_config(job: Job, writer: CheckpointWriter) -> dict[str, Any]:

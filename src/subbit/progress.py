@@ -36,7 +36,7 @@ class SilentProgress:
 
 
 class ConsoleProgress:
-    """Bars and lines on standard error, so that standard output stays clean for results."""
+    """Lines, and on a terminal bars, on standard error, so that standard output stays clean for results."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -49,6 +49,7 @@ class ConsoleProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,  # in a file it would be blank lines
         )
 
     def line(self, text: str) -> None:

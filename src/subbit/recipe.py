@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +20,13 @@ from subbit.methods import METHODS
 __all__ = ["Allocation", "Calibration", "Override", "Recipe"]
 
 
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown fields are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(Section):
@@ -41,7 +45,8 @@ class Allocation(Section):
     """How N is spread over the layers; the mean stays that of the sparsity."""
 
     kind: AllocationKind = "uniform"
-    spread: float = Field(default=1.0, ge=0)  # the least and most important layer get N − spread and N + spread
+    n_low: float | None = None  # N of the least important layer; None: N − 1
+    n_high: float | None = None  # N of the most important layer; None: N + 1
     samples: int = Field(default=8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
 
 
@@ -77,7 +82,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _allocation_of_the_method(cls, values: dict[str, Any]) -> dict[str, Any]:
-        method = METHODS.get(values.get("method", "pbs2p"))
+        method = METHODS.get(str(values.get("method", "pbs2p")))
         allocation = values.get("allocation", {})
         if method and isinstance(allocation, dict):
             values = {**values, "allocation": {"kind": method.allocation, **allocation}}
@@ -87,6 +92,16 @@ class Recipe(Section):
     @classmethod
     def _parse_sparsity(cls, value: str) -> str:
         return str(Sparsity.parse(value))
+
+    @field_validator("overrides")
+    @classmethod
+    def _compile_patterns(cls, value: dict[str, Override]) -> dict[str, Override]:
+        for pattern in value:
+            try:
+                cls.matches(pattern, "")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
 
     @model_validator(mode="after")
     def _read_options(self) -> Recipe:
@@ -99,15 +114,22 @@ class Recipe(Section):
                 raise ValueError(f"method {self.method} has no option {unknown[0]!r}; it has {known}")
         object.__setattr__(self, "options", TypeAdapter(kind).validate_python(given))
         check_options(self.options, Sparsity.parse(self.sparsity))
+        for override in self.overrides.values():
+            if override.sparsity is not None:
+                check_options(self.options, Sparsity.parse(override.sparsity))
         return self
 
     def sparsity_of(self, name: str) -> Sparsity | Literal["dense"] | None:
         """What an override says about a linear, or None."""
         for pattern, override in self.overrides.items():
-            matches = re.search(pattern[3:], name) if pattern.startswith("re:") else pattern == name
-            if matches:
+            if self.matches(pattern, name):
                 return "dense" if override.dense else Sparsity.parse(override.sparsity or "")
         return None
+
+    @staticmethod
+    def matches(pattern: str, name: str) -> bool:
+        """Whether the key of an override, a linear's name or ``re:PATTERN``, means the linear ``name``."""
+        return bool(re.search(pattern[3:], name)) if pattern.startswith("re:") else pattern == name
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, every field spelled out."""
@@ -121,7 +143,7 @@ class Recipe(Section):
     def create(cls, values: dict[str, Any]) -> Recipe:
         """Validate a mapping; UserError with the first problem in one line."""
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"]) or "recipe"
@@ -134,10 +156,28 @@ class Recipe(Section):
         return cls.create(read_yaml(path))
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as people write it: 4:8 is a sparsity, not the number 248 in base 60 that YAML 1.1 takes it for."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile("(?!.*:)" + regexp.pattern, re.VERBOSE) if tag in NUMBER_TAGS else regexp)
+        for tag, regexp in pairs
+    ]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """What a recipe file or a ``--set`` value says; raises yaml.YAMLError."""
+    return yaml.load(text, RecipeLoader)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML (or JSON) file; UserError when it is none."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -151,8 +191,8 @@ def check_options(options: Any, sparsity: Sparsity) -> None:
     """Limits that the types of the options cannot say; ValueError."""
     if options.block_size < sparsity.m or options.block_size % sparsity.m:
         raise ValueError(f"block_size {options.block_size} must be a multiple of M = {sparsity.m}")
-    if options.damping <= 0:
-        raise ValueError(f"damping {options.damping} must be positive")
+    if not 0 < options.damping < math.inf:
+        raise ValueError(f"damping {options.damping} must be positive and finite")
     if options.candidates < 1 or options.salient_columns < 0:
         raise ValueError("candidates must be at least 1 and salient_columns at least 0")
 

@@ -31,12 +31,12 @@ def outlier_share(weight: Tensor, activation_norm: Tensor, factor: float = 6.0) 
     return float((metric > factor * metric.mean()).float().mean())
 
 
-def spread_importance(importance: Sequence[float], n: int, spread: float) -> list[float]:
-    """Real-valued N of every unit, n − spread for the least important … n + spread for the most (PBS²P, eq. 14)."""
-    low, high = min(importance), max(importance)
-    if high - low < 1e-12:
-        return [float(n)] * len(importance)
-    return [n - spread + 2 * spread * (value - low) / (high - low) for value in importance]
+def spread_importance(importance: Sequence[float], n_low: float, n_high: float) -> list[float]:
+    """Real-valued N of every unit: N_low for the least important … N_high for the most (PBS²P, eq. 14)."""
+    least, most = min(importance), max(importance)
+    if most - least < 1e-12:
+        return [(n_low + n_high) / 2] * len(importance)
+    return [n_low + (n_high - n_low) * (value - least) / (most - least) for value in importance]
 
 
 def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:

@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 256  # keeps the temporaries of a search in the cache
 
 def candidate_thresholds(values: Tensor, mask: Tensor, candidates: int) -> Tensor:
     """(candidates,) float64: percentiles of |values| over ``mask``, evenly between the 10th and the 90th."""
-    size = values[mask].abs().double().sort().values
+    size = values[mask].abs().sort().values.double()
     position = torch.linspace(0.1, 0.9, candidates, dtype=torch.float64, device=values.device) * (len(size) - 1)
     low = position.floor().long()
     high = (low + 1).clamp_max(len(size) - 1)
@@ -57,7 +57,7 @@ def split_gain(values: Tensor, mask: Tensor, boundaries: Tensor) -> Tensor:
     Args:
         boundaries: (regions − 1, candidates) ascending thresholds on |values|.
     """
-    ordered = torch.where(mask, values.double(), torch.inf).sort(dim=1).values
+    ordered = torch.where(mask, values, torch.inf).sort(dim=1).values.double()
     zero = ordered.new_zeros(len(ordered), 1)
     prefix = torch.cat([zero, torch.where(ordered.isfinite(), ordered, 0.0).cumsum(dim=1)], dim=1)
     shape = (len(ordered), boundaries.shape[1])
@@ -128,14 +128,15 @@ def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: i
 def salient_error(head: Tensor, kept: Tensor) -> Tensor:
     """(limit,) Σ over rows of the order-2 error of the first 1, 2, … limit columns of ``head`` (rows, limit)."""
     limit = head.shape[1]
-    first = torch.ones(limit, limit, dtype=torch.bool, device=head.device).tril()  # [count − 1, column]
-    chosen = (kept[:, None, :] & first).double()
-    size = chosen.sum(dim=2, keepdim=True).clamp_min(1)
-    left = chosen * head[:, None, :]
+    first = torch.ones(limit, limit, dtype=torch.bool, device=head.device).tril()[:, :, None]  # [count − 1, column]
+    # Rows last: the sums over columns then run over contiguous memory.
+    chosen = (kept.T & first).double()
+    size = chosen.sum(dim=1, keepdim=True).clamp_min(1)
+    left = chosen * head.T
     for _ in range(2):
-        left -= left.sum(dim=2, keepdim=True) / size * chosen
-        left -= (left.abs().sum(dim=2, keepdim=True) / size) * torch.where(left >= 0, 1.0, -1.0) * chosen
-    return left.square().sum(dim=(0, 2))
+        left -= left.sum(dim=1, keepdim=True) / size * chosen
+        left -= (left.abs().sum(dim=1, keepdim=True) / size) * torch.where(left >= 0, 1.0, -1.0) * chosen
+    return left.square().sum(dim=(1, 2))
 
 
 def rest_error(values: Tensor, kept: Tensor, limit: int) -> Tensor:

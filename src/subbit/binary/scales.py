@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["quadratic_error", "solve_on_gram"]
 
-RIDGE = 1e-7  # relative to the mean diagonal of the small system; only breaks exact ties (a region of one sign)
+RIDGE = 1e-7  # relative; breaks ties (a region of one sign) and bounds what a nearly singular metric may ask for
 
 
 def quadratic_error(error: Tensor, metric: Tensor) -> Tensor:
@@ -30,13 +30,13 @@ def solve_on_gram(basis: Tensor, target: Tensor, metric: Tensor) -> Tensor:
     weighted = basis @ metric
     system = (weighted @ basis.transpose(1, 2)).double()
     right = (weighted @ target[:, :, None]).double()
+    # What a basis vector would weigh if its entries did not cancel: the measure of noise in its row of the system.
+    own = (basis.abs() @ metric.diagonal().clamp_min(0)).double()
     diagonal = system.diagonal(dim1=1, dim2=2)
-    empty = diagonal <= 0
-    ridge = RIDGE * diagonal.mean(dim=1, keepdim=True)
-    diagonal += torch.where(empty, 1.0, ridge)
+    diagonal += torch.where(own > 0, RIDGE * own, 1.0)
     factor, info = torch.linalg.cholesky_ex(system)
     failed = info > 0
     if bool(failed.any()):  # float32 noise made a nearly singular system indefinite
-        system[failed] += 1e-4 * torch.diag_embed(system[failed].diagonal(dim1=1, dim2=2))
+        system[failed] += torch.diag_embed(1e3 * RIDGE * own[failed])
         factor[failed] = torch.linalg.cholesky_ex(system[failed]).L
     return torch.cholesky_solve(right, factor)[:, :, 0].float()

@@ -67,20 +67,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if length > size - 8:
                 raise CheckpointError(f"{path} is truncated or no safetensors file; get it again or compress again")
             header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        tensors = {name: stored_tensor(path, entry) for name, entry in header.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; get it again or compress again") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the last four: JSON of another shape
         raise CheckpointError(f"{path} cannot be read as safetensors; get it again or compress again") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise CheckpointError(f"{path} has {size} bytes where its header says {8 + length + end}; it is damaged")
-    return {
-        name: StoredTensor(
-            path.name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
+    return tensors
+
+
+def stored_tensor(path: Path, entry: dict[str, Any]) -> StoredTensor:
+    """One entry of the header of ``path``."""
+    start, end = entry["data_offsets"]
+    return StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]), end - start)
 
 
 def sha256(path: Path) -> str:

@@ -42,7 +42,10 @@ class Checkpoint:
         return {key: self.tensors[f"{name}.{key}"] for key in self.specs[name].tensors()}
 
     def check_structure(self) -> None:
-        """CheckpointError unless every packed tensor is there with the shape and dtype that its spec says."""
+        """CheckpointError unless every packed tensor is there with the shape and dtype that its spec says.
+
+        So must be what was left dense; whether embeddings, norms and biases are there only the model can tell.
+        """
         for name, spec in self.specs.items():
             for key, (shape, dtype) in spec.tensors().items():
                 stored = self.tensors.get(f"{name}.{key}")
@@ -51,6 +54,9 @@ class Checkpoint:
                 if stored.shape != shape or stored.dtype != SAFETENSORS_DTYPES[str(dtype)]:
                     found = f"{stored.dtype} {list(stored.shape)}"
                     raise CheckpointError(f"{self.directory}: {name}.{key} is {found}, not {dtype} {list(shape)}")
+        for name in self.config["quantization_config"]["left_dense"]:
+            if f"{name}.weight" not in self.tensors and name not in self.tensors:
+                raise CheckpointError(f"{self.directory}: {name}, which was left dense, is missing")
 
     def check_contents(self) -> None:
         """CheckpointError unless every file has the checksum of the manifest, where there is one."""
@@ -85,7 +91,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             f"{directory} was not compressed by subbit (its config.json has no subbit quantization_config)"
         )
     check_format_version(quantization, directory)
-    specs = {name: GroupedBinarySpec.from_dict(spec) for name, spec in quantization["linears"].items()}
+    check_fields(quantization, directory)
+    specs = read_specs(quantization["linears"], directory)
     manifest_path = directory / MANIFEST_FILE
     manifest = read_json(manifest_path) if manifest_path.exists() else {}
     checkpoint = Checkpoint(directory, config, specs, read_tensors(directory), manifest)
@@ -115,6 +122,27 @@ def check_format_version(quantization: dict[str, Any], where: Any) -> None:
         )
 
 
+def check_fields(quantization: dict[str, Any], where: Any) -> None:
+    """CheckpointError unless the quantization_config has all that docs/format.md says."""
+    for field, kind in {"method": str, "sparsity": str, "linears": dict, "left_dense": dict}.items():
+        if not isinstance(quantization.get(field), kind):
+            raise CheckpointError(f"{where}: {field!r} is missing in the quantization_config, or is no {kind.__name__}")
+
+
+def read_specs(linears: dict[str, Any], where: Any) -> dict[str, GroupedBinarySpec]:
+    """The descriptions of the compressed linears; CheckpointError for one that makes no sense."""
+    specs = {}
+    for name, values in linears.items():
+        try:
+            specs[name] = GroupedBinarySpec.from_dict(values)
+            sizes = [size for shape, _ in specs[name].tensors().values() for size in shape]
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            sizes = [0]
+        if min(sizes) < 1:
+            raise CheckpointError(f"{where}: the description of {name} makes no sense: {values}")
+    return specs
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError when it is none."""
     try:
@@ -132,6 +160,11 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     if not index.exists():
         return read_header(directory / "model.safetensors")
     weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of names and files; get it again or compress again")
+    outside = next((file for file in weight_map.values() if Path(file).name != file), None)
+    if outside is not None:
+        raise CheckpointError(f"{index} names {outside}, which lies outside the checkpoint; do not trust it")
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     missing = [name for name, file in weight_map.items() if name not in headers[file]]
     if missing:

@@ -2,7 +2,9 @@
 
 While a run is under way the output directory has no config.json, and ``.subbit/`` holds what the next layer needs: the
 state (recipe, model, finished layers), the calibration windows, and the hidden states that enter the next layer. The
-state is written last, so a layer counts only when its shard and the hidden states behind it are safely on disk.
+state is written last, so a layer counts only when its shard and the hidden states behind it are safely on disk. At the
+end config.json is written, then the state is deleted: a directory with both a manifest and a config but without a state
+is finished, whatever else of ``.subbit/`` is still there.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from subbit.checkpoint.files import (
     write_text,
 )
 from subbit.checkpoint.reader import read_json
-from subbit.errors import UserError
+from subbit.errors import CheckpointError, UserError
 from subbit.recipe import Recipe
 
 __all__ = ["CheckpointWriter"]
@@ -55,6 +57,7 @@ class CheckpointWriter:
         self._recipe = recipe
         self._model = model
         self.state: dict[str, Any] = {}
+        self.finished = False  # an earlier run completed all of it
         self._clear = False
         if not directory.exists():
             return
@@ -80,14 +83,13 @@ class CheckpointWriter:
     def _read_state(self) -> None:
         state_file = self._work / "state.json"
         if not state_file.exists():
-            if (self.directory / MANIFEST_FILE).exists():
-                state_file = self.directory / MANIFEST_FILE
-            elif self._work.is_dir():
-                self._clear = True  # killed before the first state: nothing to keep
+            state_file = self.directory / MANIFEST_FILE
+            self.finished = state_file.exists() and (self.directory / "config.json").exists()
+            if not self.finished and self._work.is_dir():
+                self._clear = True  # killed before the first state, or while an earlier output was deleted
                 return
-            else:
-                self._check_ours()
-        state = read_json(state_file)
+            self._check_ours()
+        state = read_state(state_file)
         for field, value in self._recipe.to_dict().items():
             if state["recipe"].get(field) != json.loads(json.dumps(value)):
                 raise UserError(
@@ -99,11 +101,6 @@ class CheckpointWriter:
         self.state = state
 
     @property
-    def finished(self) -> bool:
-        """Whether an earlier run completed all of it."""
-        return bool(self.state) and not self._work.is_dir()
-
-    @property
     def layers_done(self) -> int:
         """Decoder layers that need no more work."""
         return len(self.state.get("layers", []))
@@ -111,13 +108,24 @@ class CheckpointWriter:
     def begin(self, plan: dict[str, Any], windows: Tensor, hidden: Tensor) -> None:
         """Start a new run: ``plan`` is kept in the state, ``windows`` and ``hidden`` (of layer 0) in files."""
         with disk_errors(self.directory):
-            if self._clear:
-                shutil.rmtree(self.directory)
             self._work.mkdir(parents=True, exist_ok=True)
+            if self._clear:
+                self._remove_earlier()
         write_tensors(self._work / "windows.safetensors", {"windows": windows})
         write_tensors(self._hidden_file(0), {"hidden": hidden})
         self.state = {"recipe": self._recipe.to_dict(), "model": self._model, **plan, "layers": []}
         self._write_state()
+
+    def _remove_earlier(self) -> None:
+        """Delete an earlier output in an order that makes it an unfinished one if the run is killed in between."""
+        for path in (self.directory / "config.json", self._work / "state.json", self.directory / MANIFEST_FILE):
+            path.unlink(missing_ok=True)
+        for path in [*self.directory.iterdir(), *self._work.iterdir()]:
+            if path.is_dir() and not path.is_symlink():
+                if path != self._work:
+                    shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """The calibration windows and the hidden states that enter the next layer; checks the finished shards.
@@ -160,7 +168,14 @@ class CheckpointWriter:
         write_json(self.directory / MANIFEST_FILE, self._manifest(shards))
         with disk_errors(self.directory):
             save_extras(self.directory)
-            shutil.rmtree(self._work)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete what only an unfinished run needs, the state first; does no harm when there is nothing left of it."""
+        with disk_errors(self.directory):
+            (self._work / "state.json").unlink(missing_ok=True)
+            if self._work.is_dir():
+                shutil.rmtree(self._work)
 
     def _manifest(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         files = {shard["file"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards}
@@ -190,6 +205,19 @@ class CheckpointWriter:
 
     def _write_state(self) -> None:
         write_json(self._work / "state.json", self.state)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a run, from state.json or from the manifest of a finished one; UserError when it is damaged."""
+    kinds = {"recipe": dict, "model": str, "calibration": str, "sparsities": dict, "left_dense": dict, "layers": list}
+    try:
+        state = read_json(path)
+        good = all(isinstance(state.get(field), kind) for field, kind in kinds.items())
+    except CheckpointError:
+        good = False
+    if not good or any(not {"file", "bytes", "sha256", "linears"} <= set(layer) for layer in state["layers"]):
+        raise UserError(f"cannot resume: {path} is damaged; use --overwrite to start again")
+    return state
 
 
 def check_space(directory: Path, needed: int) -> None:

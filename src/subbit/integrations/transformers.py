@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from subbit.checkpoint.files import FORMAT_VERSION
-from subbit.checkpoint.reader import check_format_version, open_checkpoint
+from subbit.checkpoint.reader import Checkpoint, check_format_version, open_checkpoint, read_specs
 from subbit.errors import CheckpointError
 from subbit.packing.layout import GroupedBinarySpec
 from subbit.runtime.linear import SubbitLinear
@@ -53,11 +53,13 @@ class SubbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        if checkpoint_files:
-            checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        checkpoint = open_checkpoint(directory_of(checkpoint_files)) if checkpoint_files else None
+        if checkpoint:
             checkpoint.check_contents()
-        for name, spec in self.quantization_config.linears.items():
-            replace_linear(model, name, GroupedBinarySpec.from_dict(spec))
+        for name, spec in read_specs(self.quantization_config.linears, "this checkpoint").items():
+            replace_linear(model, name, spec)
+        if checkpoint:
+            check_complete(model, checkpoint)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -74,6 +76,29 @@ class SubbitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def directory_of(files: list[str]) -> Path:
+    """Where the checkpoint with these weight files lies; an index may name one outside, which the reader refuses."""
+    folders = [Path(file).parent for file in files]
+    return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+
+
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless every parameter of the model is stored; one of several tied ones is enough.
+
+    transformers would fill a missing one with random numbers and only warn.
+    """
+    tied: dict[str, str] = model.all_tied_weights_keys
+    there = {tied.get(name, name) for name in checkpoint.tensors}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if tied.get(name, name) not in there:
+            raise CheckpointError(f"{checkpoint.directory}: the tensor {name} is missing")
+        stored = checkpoint.tensors.get(name)
+        if stored is not None and stored.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} is {list(stored.shape)}, not {list(parameter.shape)}"
+            )
 
 
 def replace_linear(model: nn.Module, name: str, spec: GroupedBinarySpec) -> None:

@@ -93,12 +93,17 @@ def binarize_block(
 
 
 def refit_on_gram(block: BinaryBlock, target: Tensor, metric: Tensor) -> Tensor:
-    """Scales (rows, scale_count) with the least output error against ``target`` (rows, k), never worse than before."""
+    """Scales (rows, scale_count) with the least output error against ``target`` (rows, k).
+
+    A row keeps its scales unless the new ones, as float16 holds them, are better; float64 decides, since on a metric
+    of few tokens float32 noise can pass for a gain.
+    """
     basis = block.basis()
     solved = solve_on_gram(basis, target, metric)
-    before = quadratic_error(target - block.dense(), metric)
-    after = quadratic_error(target - (solved[:, None, :] @ basis)[:, 0], metric)
-    return torch.where((after <= before)[:, None], solved, block.scales)
+    rounded = (solved.half().float()[:, None, :] @ basis)[:, 0]
+    before = quadratic_error((target - block.dense()).double(), metric.double())
+    after = quadratic_error((target - rounded).double(), metric.double())
+    return torch.where((after < before)[:, None], solved, block.scales)
 
 
 def binarize_blockwise(

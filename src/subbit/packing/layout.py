@@ -131,25 +131,37 @@ class UnpackedBlocks:
     columns: Tensor  # (rows, blocks, groups, N) int64: the kept columns within their group
     positive: Tensor  # (rows, blocks, groups, N) bool
     symbol: Tensor  # (rows, blocks, groups, N) uint8
+    salient: Tensor  # (rows, blocks, groups, N) bool: the weight is in a salient column
 
 
-def unpack_blocks(spec: GroupedBinarySpec, codes: Tensor, symbols: Tensor | None, columns: int) -> UnpackedBlocks:
-    """Read blocks of ``columns`` columns: ``codes`` (rows, blocks, bytes) uint8, ``symbols`` alike."""
-    groups = columns // spec.m
+def unpack_blocks(spec: GroupedBinarySpec, codes: Tensor, symbols: Tensor | None, salient: Tensor) -> UnpackedBlocks:
+    """Read equally wide blocks.
+
+    Args:
+        codes: (rows, blocks, bytes) uint8.
+        symbols: (rows, blocks, bytes) uint8; None where there are none.
+        salient: (blocks, groups, M) bool.
+    """
+    groups = salient.shape[1]
     codewords = unpack_bits(codes, groups, codeword_bits(spec.n, spec.m))
     kept, positive = decode_groups(codewords, spec.n, spec.m)
+    in_salient = (
+        salient.expand(len(codes), -1, -1, -1).gather(3, kept) if spec.has_salient else torch.zeros_like(positive)
+    )
     if symbols is None:
-        return UnpackedBlocks(kept, positive, torch.zeros_like(kept, dtype=torch.uint8))
+        return UnpackedBlocks(kept, positive, torch.zeros_like(kept, dtype=torch.uint8), in_salient)
     symbol = unpack_symbols(symbols, groups * spec.n, spec.radix).unflatten(-1, (groups, spec.n))
-    return UnpackedBlocks(kept, positive, symbol)
+    check_symbols(spec, symbol, in_salient)
+    return UnpackedBlocks(kept, positive, symbol, in_salient)
 
 
-def split_blocks(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> list[tuple[slice, slice, UnpackedBlocks]]:
-    """The whole blocks, then the short last one: (columns, blocks, contents) of each."""
+def split_blocks(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> list[tuple[slice, UnpackedBlocks]]:
+    """The whole blocks, then the short last one: (which blocks, contents) of each."""
     full, tail = divmod(spec.in_features, spec.block_size)
     parts = []
     code_start = symbol_start = 0
     symbols = tensors.get("symbols")
+    salient = salient_columns(spec, tensors)
     for count, width, first in ((full, spec.block_size, 0), (1 if tail else 0, tail, full)):
         if not count:
             continue
@@ -159,8 +171,8 @@ def split_blocks(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> list[tu
         if symbols is not None:
             part = symbols[:, symbol_start : symbol_start + count * symbol_size].unflatten(1, (count, symbol_size))
         start = first * spec.block_size
-        contents = unpack_blocks(spec, codes, part, width)
-        parts.append((slice(start, start + count * width), slice(first, first + count), contents))
+        columns = salient[start : start + count * width].view(count, -1, spec.m)
+        parts.append((slice(first, first + count), unpack_blocks(spec, codes, part, columns)))
         code_start += count * code_bytes
         symbol_start += count * symbol_size
     return parts
@@ -178,18 +190,23 @@ def decode_rows(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> Tensor:
 
     Equal, bit for bit, to the same rows of :meth:`GroupedBinaryLinear.dense`.
     """
-    rows = len(tensors["codes"])
     table = levels(tensors["scales"], spec.regions)
-    salient = salient_columns(spec, tensors)
     dense = []
-    for columns, blocks, part in split_blocks(spec, tensors):
-        grouped = salient[columns].reshape(1, part.columns.shape[1], -1, spec.m)
-        in_salient = grouped.expand(rows, -1, -1, -1).gather(3, part.columns) if spec.has_salient else grouped[..., :1]
-        index = level_index(part.positive, part.symbol, in_salient, spec.regions)
+    for blocks, part in split_blocks(spec, tensors):
+        index = level_index(part.positive, part.symbol, part.salient, spec.regions)
         values = table[:, blocks].gather(2, index.flatten(2)).view_as(part.columns)
         empty = values.new_zeros(*part.columns.shape[:3], spec.m)
         dense.append(empty.scatter_(3, part.columns, values).flatten(1))
     return torch.cat(dense, dim=1)
+
+
+def check_symbols(spec: GroupedBinarySpec, symbol: Tensor, in_salient: Tensor) -> None:
+    """CheckpointError for a symbol that its column cannot have; with two regions every symbol is possible."""
+    if spec.regions == 2 or not spec.has_salient:
+        return
+    impossible = in_salient & (symbol > 1) if spec.regions > 2 else ~in_salient & (symbol >= spec.regions)
+    if bool(impossible.any()):
+        raise CheckpointError(f"a symbol is {int(symbol[impossible].max())}, which no encoder writes in its column")
 
 
 def unpack(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> GroupedBinaryLinear:
@@ -199,7 +216,7 @@ def unpack(spec: GroupedBinarySpec, tensors: dict[str, Tensor]) -> GroupedBinary
         CheckpointError: codewords or symbols that no encoder writes.
     """
     keep, positive, symbol = [], [], []
-    for _, _, part in split_blocks(spec, tensors):
+    for _, part in split_blocks(spec, tensors):
         empty = torch.zeros(*part.columns.shape[:3], spec.m, dtype=torch.bool, device=part.columns.device)
         keep.append(empty.scatter(3, part.columns, True).flatten(1))
         positive.append(empty.scatter(3, part.columns, part.positive).flatten(1))

@@ -1,0 +1,71 @@
+"""What all tests share: one thread, no network, and small things to compress and to calibrate on."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before transformers is imported: a test that asks the hub for something is wrong, and must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Some tests fork; the tokenizers library would warn about its threads in the child.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from families import save_tiny
+
+from subbit import Recipe
+
+TEXT = "the river runs past an old mill and into sea she counted boats harbour rain streets bright model small"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: tiny matrices are slower on many, and the order of float additions is the same on every machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of evaluation text, $SUBBIT_DATA or ../shared/data beside the repository; skips where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("SUBBIT_DATA") or default)
+    if not root.is_dir():
+        pytest.skip(f"no text data at {root}; set SUBBIT_DATA to a folder with wikitext2/test.txt")
+    return root
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt of 600 words in random order: thousands of tokens for the tiny tokenizer, the same in every run."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(random.Random(0).choices(TEXT.split(), k=600)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny(family)``: the directory of a tiny model of a family, saved once a session. Tests must not change it."""
+    saved: dict[str, Path] = {}
+
+    def save(family: str) -> Path:
+        if family not in saved:
+            saved[family] = save_tiny(family, tmp_path_factory.mktemp(family))
+        return saved[family]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def recipe_for(text_file: Path) -> Callable[..., Recipe]:
+    """``recipe_for(method, **fields)``: a recipe that calibrates on four windows of 32 tokens of ``text_file``."""
+
+    def build(method: str = "pbs2p", **fields: Any) -> Recipe:
+        calibration = {"source": str(text_file), "samples": 4, "seq_len": 32, **fields.pop("calibration", {})}
+        return Recipe.create({"method": method, "calibration": calibration, **fields})
+
+    return build
