@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import subbit
 from subbit import CheckpointError, Recipe, UserError
 from subbit.evaluation.perplexity import evaluate_perplexity
+from subbit.job import Job
 from subbit.packing.layout import GroupedBinarySpec, decode_rows, unpack
-from subbit.pipeline import Job, compress_layers
+from subbit.pipeline import compress_layers
 from subbit.runtime.linear import SubbitLinear
 
 TEXT = "The river, & an old mill."

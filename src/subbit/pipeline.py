@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
 from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
 from subbit.calibration.gram import GramCollector
@@ -23,38 +19,18 @@ from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.errors import UserError
+from subbit.job import Job
 from subbit.linears import GroupedBinaryLinear
 from subbit.methods import METHODS
-from subbit.models.layout import ModelLayout, find_layout, fused_groups, layer_linears, uncompressed_matrices
+from subbit.models.layout import find_layout
 from subbit.models.source import ModelSource, open_source
-from subbit.models.streaming import LayerCall, capture_inputs, materialize, release, run_layer
+from subbit.models.streaming import LayerCall, capture_inputs, release
 from subbit.packing.layout import GroupedBinarySpec, decode_rows, pack
+from subbit.planning import check_overrides, plan_sparsity
 from subbit.progress import Progress, SilentProgress
 from subbit.recipe import Recipe
 
 __all__ = ["compress"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: what is compressed, how, and where it happens."""
-
-    source: ModelSource
-    model: PreTrainedModel  # a skeleton: only the layer at work has memory
-    layout: ModelLayout
-    recipe: Recipe
-    device: torch.device
-    progress: Progress
-
-    def layer(self, index: int) -> nn.Module:
-        """A decoder layer of the skeleton."""
-        return self.layout.layers(self.model)[index]
-
-    def materialize(self, index: int) -> nn.Module:
-        """Read a decoder layer into memory, float32."""
-        layer = self.layer(index)
-        materialize(layer, self.layout.layer_name(index), self.source, device=self.device)
-        return layer
 
 
 def compress(
@@ -168,132 +144,6 @@ def estimate_bytes(source: ModelSource, windows: Tensor) -> int:
     return hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
 
 
-# ---- how N is spread over the linears --------------------------------------------------------------------------------
-
-
-def plan_sparsity(job: Job, hidden: Tensor, calls: list[LayerCall]) -> tuple[dict[str, str], dict[str, str]]:
-    """N:M of every linear by full name, and why the others stay dense."""
-    target = Sparsity.parse(job.recipe.sparsity)
-    sparsities: dict[str, str] = {}
-    left_dense: dict[str, str] = {}
-    free: dict[str, int] = {}  # linears that the allocator decides on → weights
-    for index in range(job.layout.num_layers):
-        prefix = job.layout.layer_name(index)
-        for name, linear in layer_linears(job.layer(index)).items():
-            full = f"{prefix}.{name}"
-            wish = job.recipe.sparsity_of(full)
-            m = wish.m if isinstance(wish, Sparsity) else target.m
-            if wish == "dense":
-                left_dense[full] = "the recipe says so"
-            elif linear.in_features % m:
-                left_dense[full] = f"in_features {linear.in_features} is not a multiple of M = {m}"
-            elif isinstance(wish, Sparsity):
-                sparsities[full] = str(wish)
-            else:
-                free[full] = linear.weight.numel()
-        for name, shape in uncompressed_matrices(job.layer(index)).items():
-            left_dense[f"{prefix}.{name}"] = f"a parameter of shape {list(shape)}, not a linear"
-    if not free and not sparsities:
-        raise UserError(
-            f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
-        )
-    sparsities.update(allocate_linears(job, free, target, hidden, calls))
-    for name, reason in left_dense.items():
-        job.progress.line(f"left dense: {name} ({reason})")
-    return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, left_dense
-
-
-def linear_names(job: Job) -> list[str]:
-    """Full names of the linears of all decoder layers, in order."""
-    depth = range(job.layout.num_layers)
-    return [f"{job.layout.layer_name(index)}.{name}" for index in depth for name in layer_linears(job.layer(index))]
-
-
-def check_overrides(job: Job) -> None:
-    """UserError for an override that no linear matches: a misspelled name must not compress what it was to protect."""
-    names = linear_names(job)
-    for pattern in job.recipe.overrides:
-        if not any(Recipe.matches(pattern, name) for name in names):
-            raise UserError(f"recipe: overrides: {pattern!r} matches no linear of the model, which has {names[0]}, …")
-
-
-def allocate_linears(
-    job: Job, free: dict[str, int], target: Sparsity, hidden: Tensor, calls: list[LayerCall]
-) -> dict[str, str]:
-    """N:M of the linears that no override decides."""
-    allocation = job.recipe.allocation
-    if allocation.kind == "uniform" or not free:
-        return {name: str(target) for name in free}
-    units = allocation_units(job, free)
-    sizes = [sum(free[name] for name in unit) for unit in units]
-    importance = unit_importance(job, units, hidden[: allocation.samples], calls)
-    low = target.n - 1.0 if allocation.n_low is None else allocation.n_low
-    high = target.n + 1.0 if allocation.n_high is None else allocation.n_high
-    numbers = allocate(spread_importance(importance, low, high), sizes, target.n, target.m)
-    return {name: f"{n}:{target.m}" for unit, n in zip(units, numbers, strict=True) for name in unit}
-
-
-def allocation_units(job: Job, free: dict[str, int]) -> list[list[str]]:
-    """Linears that get one N: a whole decoder layer (cosine, sine), or what serving engines fuse (l2, outliers)."""
-    units: list[list[str]] = []
-    for index in range(job.layout.num_layers):
-        prefix = job.layout.layer_name(index)
-        names = [f"{prefix}.{n}" for n in layer_linears(job.layer(index)) if f"{prefix}.{n}" in free]
-        units += [names] if job.recipe.allocation.kind in ("cosine", "sine") else fused_groups(names)
-    return [unit for unit in units if unit]
-
-
-def unit_importance(job: Job, units: list[list[str]], hidden: Tensor, calls: list[LayerCall]) -> list[float]:
-    """Importance of every unit, from the dense model; larger keeps more.
-
-    l2: root mean square of the weights (STBLLM, section 3.3). outliers: :func:`outlier_share`. cosine:
-    :func:`cosine_importance`. sine: half a sine wave over the depth, the middle layers least important.
-    """
-    kind = job.recipe.allocation.kind
-    if kind == "sine":
-        depth = job.layout.num_layers
-        return [1 - math.sin(math.pi * (layer_index(job, unit[0]) + 0.5) / depth) for unit in units]
-    if kind == "l2":
-        return [rms([job.source.tensor(f"{name}.weight") for name in unit]) for unit in units]
-    by_layer: list[dict[str, float]] = []
-    with job.progress.stage("layer importance") as report:
-        for index in range(job.layout.num_layers):
-            by_layer.append(layer_importance(job, index, hidden, calls[index]))
-            report(index + 1, job.layout.num_layers)
-    merged = {name: value for layer in by_layer for name, value in layer.items()}
-    return [sum(merged[name] for name in unit) / len(unit) for unit in units]
-
-
-def layer_importance(job: Job, index: int, hidden: Tensor, call: LayerCall) -> dict[str, float]:
-    """Importance of the linears of one dense layer; ``hidden`` becomes the layer's output, in place."""
-    layer = job.materialize(index)
-    prefix = job.layout.layer_name(index)
-    linears = layer_linears(layer)
-    if index == 0:
-        hidden = hidden.clone()
-    with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
-        output = run_samples(job, layer, call, hidden)
-    if job.recipe.allocation.kind == "cosine":
-        value = cosine_importance(hidden.flatten(0, 1), output.flatten(0, 1))
-        result = {f"{prefix}.{name}": value for name in linears}
-    else:
-        norms = {n: grams.gram(leader).diagonal().sqrt() for leader, names in grams.shared().items() for n in names}
-        result = {f"{prefix}.{n}": outlier_share(linear.weight, norms[n]) for n, linear in linears.items()}
-    release(layer)
-    hidden.copy_(output)
-    return result
-
-
-def layer_index(job: Job, name: str) -> int:
-    """The decoder layer that a linear is in."""
-    return int(name[len(job.layout.layers_prefix) + 1 :].split(".")[0])
-
-
-def rms(tensors: list[Tensor]) -> float:
-    """Root mean square of all values."""
-    return math.sqrt(sum(float(t.float().square().sum()) for t in tensors) / sum(t.numel() for t in tensors))
-
-
 # ---- one decoder layer after the other -------------------------------------------------------------------------------
 
 
@@ -306,7 +156,7 @@ def compress_layers(job: Job, writer: CheckpointWriter, hidden: Tensor, calls: l
             started = time.monotonic()
             layer = job.materialize(index)
             tensors, linears = compress_layer(job, writer, index, hidden, calls[index])
-            hidden = run_samples(job, layer, calls[index], hidden)
+            hidden = job.run(index, calls[index], hidden)
             release(layer)
             if not bool(hidden.isfinite().all()):
                 raise UserError(f"the output of {job.layout.layer_name(index)} is not finite; check the source model")
@@ -326,14 +176,6 @@ def layer_line(index: int, total: int, linears: dict[str, dict[str, Any]], secon
     return f"layer {index + 1}/{total}: {kinds}, output error {error:.4f}, {bits:.3f} stored bits, {seconds:.1f} s"
 
 
-def run_samples(job: Job, layer: nn.Module, call: LayerCall, hidden: Tensor) -> Tensor:
-    """The layer's output (samples, seq_len, hidden) float32 on the CPU, a sample at a time."""
-    output = torch.empty_like(hidden)
-    for index, sample in enumerate(hidden):
-        output[index] = run_layer(layer, call, sample[None].to(job.device))[0].cpu()
-    return output
-
-
 def compress_layer(
     job: Job, writer: CheckpointWriter, index: int, hidden: Tensor, call: LayerCall
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -343,35 +185,32 @@ def compress_layer(
         The tensors of the layer's shard by full name, and what the manifest says of each linear: its spec, N:M,
         bytes, relative output error and the damping that its Gram took.
     """
-    layer = job.layer(index)
-    prefix = job.layout.layer_name(index)
     planned: dict[str, str] = writer.state["sparsities"]
-    linears = {name: linear for name, linear in layer_linears(layer).items() if f"{prefix}.{name}" in planned}
+    linears = {name: linear for name, linear in job.linears(index).items() if name in planned}
     with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
-        run_samples(job, layer, call, hidden)
+        job.run(index, call, hidden)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
     for leader, names in grams.shared().items():
         gram = grams.gram(leader)
         factor = inverse_factor(gram, job.recipe.options.damping)
         for name in names:
-            full = f"{prefix}.{name}"
             started = time.monotonic()
-            spec, packed, error = compress_linear(job, full, linears[name], gram, factor, planned[full])
-            tensors.update({f"{full}.{key}": value for key, value in packed.items()})
-            facts[full] = {
+            spec, packed, error = compress_linear(job, name, linears[name], gram, factor, planned[name])
+            tensors.update({f"{name}.{key}": value for key, value in packed.items()})
+            facts[name] = {
                 "spec": spec.to_dict(),
-                "sparsity": planned[full],
+                "sparsity": planned[name],
                 "weights": spec.out_features * spec.in_features,
                 "bytes": sum(value.numel() * value.element_size() for value in packed.values()),
                 "error": error,
                 "damping": factor.damping,
             }
             seconds = round(time.monotonic() - started, 3)
-            writer.log("linear", name=full, tokens=grams.tokens(leader), seconds=seconds, **facts[full])
-            warn_about(job, full, factor, grams.tokens(leader))
-    tensors.update(read_others(job.source, f"{prefix}.", {f"{full}.weight" for full in facts}))
-    return tensors, {name: facts[name] for name in sorted(facts, key=list(planned).index)}
+            writer.log("linear", name=name, tokens=grams.tokens(leader), seconds=seconds, **facts[name])
+            warn_about(job, name, factor, grams.tokens(leader))
+    tensors.update(read_others(job.source, f"{job.layout.layer_name(index)}.", {f"{name}.weight" for name in facts}))
+    return tensors, {name: facts[name] for name in linears if name in facts}
 
 
 def warn_about(job: Job, name: str, factor: InverseFactor, tokens: int) -> None:

@@ -1,0 +1,51 @@
+"""One run of the pipeline: the model being compressed, the recipe, and running single decoder layers of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subbit.models.layout import ModelLayout, layer_linears
+from subbit.models.source import ModelSource
+from subbit.models.streaming import LayerCall, materialize, run_layer
+from subbit.progress import Progress
+from subbit.recipe import Recipe
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is compressed, how, and where it happens."""
+
+    source: ModelSource
+    model: PreTrainedModel  # a skeleton: only the layer at work has memory
+    layout: ModelLayout
+    recipe: Recipe
+    device: torch.device
+    progress: Progress
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer of the skeleton."""
+        return self.layout.layers(self.model)[index]
+
+    def materialize(self, index: int) -> nn.Module:
+        """Read a decoder layer into memory, float32."""
+        layer = self.layer(index)
+        materialize(layer, self.layout.layer_name(index), self.source, device=self.device)
+        return layer
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of a decoder layer by full name, in order."""
+        prefix = self.layout.layer_name(index)
+        return {f"{prefix}.{name}": linear for name, linear in layer_linears(self.layer(index)).items()}
+
+    def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, a sample at a time."""
+        output = torch.empty_like(hidden)
+        for number, sample in enumerate(hidden):
+            output[number] = run_layer(self.layer(index), call, sample[None].to(self.device))[0].cpu()
+        return output

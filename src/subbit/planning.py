@@ -1,0 +1,137 @@
+"""Which N:M every linear gets: overrides first, then importance and the exact allocator."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
+from subbit.binary.nm import Sparsity
+from subbit.calibration.gram import GramCollector
+from subbit.errors import UserError
+from subbit.job import Job
+from subbit.models.layout import fused_groups, uncompressed_matrices
+from subbit.models.streaming import LayerCall, release
+from subbit.recipe import Recipe
+
+__all__ = ["check_overrides", "plan_sparsity"]
+
+
+def plan_sparsity(job: Job, hidden: Tensor, calls: list[LayerCall]) -> tuple[dict[str, str], dict[str, str]]:
+    """N:M of every linear by full name, and why the others stay dense.
+
+    Args:
+        hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; not changed.
+        calls: what each decoder layer is given besides.
+    """
+    target = Sparsity.parse(job.recipe.sparsity)
+    sparsities: dict[str, str] = {}
+    left_dense: dict[str, str] = {}
+    free: dict[str, int] = {}  # linears that the allocator decides on → weights
+    for index in range(job.layout.num_layers):
+        for name, linear in job.linears(index).items():
+            wish = job.recipe.sparsity_of(name)
+            m = wish.m if isinstance(wish, Sparsity) else target.m
+            if wish == "dense":
+                left_dense[name] = "the recipe says so"
+            elif linear.in_features % m:
+                left_dense[name] = f"in_features {linear.in_features} is not a multiple of M = {m}"
+            elif isinstance(wish, Sparsity):
+                sparsities[name] = str(wish)
+            else:
+                free[name] = linear.weight.numel()
+        for local, shape in uncompressed_matrices(job.layer(index)).items():
+            reason = f"a parameter of shape {list(shape)}, not a linear"
+            left_dense[f"{job.layout.layer_name(index)}.{local}"] = reason
+    if not free and not sparsities:
+        raise UserError(
+            f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
+        )
+    sparsities.update(allocate_linears(job, free, target, hidden, calls))
+    for name, reason in left_dense.items():
+        job.progress.line(f"left dense: {name} ({reason})")
+    return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, left_dense
+
+
+def linear_names(job: Job) -> list[str]:
+    """Full names of the linears of all decoder layers, in order."""
+    return [name for index in range(job.layout.num_layers) for name in job.linears(index)]
+
+
+def check_overrides(job: Job) -> None:
+    """UserError for an override that no linear matches: a misspelled name must not compress what it was to protect."""
+    names = linear_names(job)
+    for pattern in job.recipe.overrides:
+        if not any(Recipe.matches(pattern, name) for name in names):
+            raise UserError(f"recipe: overrides: {pattern!r} matches no linear of the model, which has {names[0]}, …")
+
+
+def allocate_linears(
+    job: Job, free: dict[str, int], target: Sparsity, hidden: Tensor, calls: list[LayerCall]
+) -> dict[str, str]:
+    """N:M of the linears that no override decides."""
+    allocation = job.recipe.allocation
+    if allocation.kind == "uniform" or not free:
+        return {name: str(target) for name in free}
+    units = allocation_units(job, free)
+    sizes = [sum(free[name] for name in unit) for unit in units]
+    importance = unit_importance(job, units, hidden[: allocation.samples], calls)
+    low = target.n - 1.0 if allocation.n_low is None else allocation.n_low
+    high = target.n + 1.0 if allocation.n_high is None else allocation.n_high
+    numbers = allocate(spread_importance(importance, low, high), sizes, target.n, target.m)
+    return {name: f"{n}:{target.m}" for unit, n in zip(units, numbers, strict=True) for name in unit}
+
+
+def allocation_units(job: Job, free: dict[str, int]) -> list[list[str]]:
+    """Linears that get one N: a whole decoder layer (cosine, sine), or what serving engines fuse (l2, outliers)."""
+    units: list[list[str]] = []
+    for index in range(job.layout.num_layers):
+        names = [name for name in job.linears(index) if name in free]
+        units += [names] if job.recipe.allocation.kind in ("cosine", "sine") else fused_groups(names)
+    return [unit for unit in units if unit]
+
+
+def unit_importance(job: Job, units: list[list[str]], hidden: Tensor, calls: list[LayerCall]) -> list[float]:
+    """Importance of every unit, from the dense model; larger keeps more.
+
+    l2: root mean square of the weights (STBLLM, section 3.3). outliers: :func:`outlier_share`. cosine:
+    :func:`cosine_importance`. sine: half a sine wave over the depth, the middle layers least important.
+    """
+    kind = job.recipe.allocation.kind
+    if kind == "l2":
+        return [rms([job.source.tensor(f"{name}.weight") for name in unit]) for unit in units]
+    if kind == "sine":
+        depth = job.layout.num_layers
+        by_name = {
+            name: 1 - math.sin(math.pi * (index + 0.5) / depth) for index in range(depth) for name in job.linears(index)
+        }
+    else:
+        by_name = measured_importance(job, hidden, calls)
+    return [sum(by_name[name] for name in unit) / len(unit) for unit in units]
+
+
+def measured_importance(job: Job, hidden: Tensor, calls: list[LayerCall]) -> dict[str, float]:
+    """Importance of every linear for the kinds that need activations: one pass through the dense model."""
+    importance: dict[str, float] = {}
+    with job.progress.stage("layer importance") as report:
+        for index in range(job.layout.num_layers):
+            layer = job.materialize(index)
+            linears = job.linears(index)
+            with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
+                output = job.run(index, calls[index], hidden)
+            if job.recipe.allocation.kind == "cosine":
+                importance.update(dict.fromkeys(linears, cosine_importance(hidden.flatten(0, 1), output.flatten(0, 1))))
+            else:
+                for leader, names in grams.shared().items():
+                    norm = grams.gram(leader).diagonal().sqrt()
+                    importance.update({name: outlier_share(linears[name].weight, norm) for name in names})
+            release(layer)
+            hidden = output
+            report(index + 1, job.layout.num_layers)
+    return importance
+
+
+def rms(tensors: list[Tensor]) -> float:
+    """Root mean square of all values."""
+    return math.sqrt(sum(float(t.float().square().sum()) for t in tensors) / sum(t.numel() for t in tensors))
