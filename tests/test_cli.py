@@ -497,3 +497,11 @@ def test_the_installed_command_is_main() -> None:
     """``subbit`` on the command line is the function that these tests call."""
     (command,) = entry_points(group="console_scripts", name="subbit")
     assert command.load() is main
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml")), ids=str
+)
+def test_the_example_recipes_are_valid(file: Path) -> None:
+    """Every recipe that the repository offers."""
+    assert Recipe.from_yaml(file).method in file.name

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.errors import UserError
+from subbit.models.decoding import decode_step
 
 __all__ = [
     "DATASETS",
@@ -263,9 +264,8 @@ def _continue(model: PreTrainedModel, windows: Tensor, prompt: int, draws: Tenso
     cache = None
     step = windows[:, :prompt]
     for position in range(prompt, windows.shape[1]):
-        output = model(input_ids=step.to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        windows[:, position] = _pick(output.logits[:, -1], draws[:, position - prompt], allowed)
+        logits, cache = decode_step(model, step.to(model.device), cache)
+        windows[:, position] = _pick(logits, draws[:, position - prompt], allowed)
         step = windows[:, position : position + 1]
         yield windows.shape[0] * (position + 1)
     if prompt == windows.shape[1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.calibration.text import check_context, eval_mode, tokenize
 from subbit.errors import UserError
+from subbit.models.decoding import decode_step
 
 __all__ = ["Speed", "decode_speed"]
 
@@ -53,15 +53,11 @@ def _check(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of the pass over the prompt ids [1, tokens], and of new_tokens single-token passes after it."""
-    # Generation needs the last position only; not every architecture can leave the others out.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     started = _now(model)
-    output = model(input_ids=ids, use_cache=True, **last)
-    token = output.logits[:, -1:].argmax(dim=-1)
+    logits, cache = decode_step(model, ids)
     prefilled = _now(model)
     for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(dim=-1)
+        logits, cache = decode_step(model, logits.argmax(dim=-1, keepdim=True), cache)
     return prefilled - started, _now(model) - prefilled
 
 
