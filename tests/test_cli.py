@@ -500,7 +500,7 @@ def test_the_installed_command_is_main() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml")), ids=str
+    "file", sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml")), ids=lambda file: file.stem
 )
 def test_the_example_recipes_are_valid(file: Path) -> None:
     """Every recipe that the repository offers."""

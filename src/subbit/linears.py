@@ -81,7 +81,3 @@ class GroupedBinaryLinear:
             table[:, block].gather(1, columns) for block, columns in enumerate(index.split(self.block_size, dim=1))
         ]
         return torch.where(self.keep, torch.cat(blocks, dim=1), 0.0)
-
-    def nominal_bits(self) -> float:
-        """Bits per weight as both papers count them: N/M · (1 + share of salient columns)."""
-        return self.sparsity.density * (1 + float(self.salient.float().mean()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
@@ -15,7 +16,6 @@ from subbit.integrations.transformers import register
 from subbit.models.source import open_source
 from subbit.packing.accounting import BitCount, LinearCount
 from subbit.progress import Progress, SilentProgress
-from subbit.runtime.linear import SubbitLinear
 
 __all__ = ["evaluate", "inspect", "load"]
 
@@ -140,8 +140,6 @@ def salient_share(checkpoint: Checkpoint, name: str) -> float:
 
 def read_bitmap(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """(bits,) of a packed bitmap; the padding is zero."""
-    from safetensors import safe_open
-
     with safe_open(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
         packed: torch.Tensor = file.get_tensor(name)
     return (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
@@ -201,8 +199,3 @@ def describe_linear(checkpoint: Checkpoint, name: str, count: LinearCount, error
         "weights": count.weights,
         "bytes": count.bytes,
     }
-
-
-def backend_of(model: PreTrainedModel) -> str:
-    """Which backend multiplies the packed weights."""
-    return "torch reference" if any(isinstance(module, SubbitLinear) for module in model.modules()) else "dense"

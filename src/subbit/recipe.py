@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
@@ -195,8 +194,3 @@ def check_options(options: Any, sparsity: Sparsity) -> None:
         raise ValueError(f"damping {options.damping} must be positive and finite")
     if options.candidates < 1 or options.salient_columns < 0:
         raise ValueError("candidates must be at least 1 and salient_columns at least 0")
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Canonical JSON: equal for equal recipes."""
-    return json.dumps(recipe.to_dict(), sort_keys=True)

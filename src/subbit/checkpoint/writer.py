@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -228,8 +227,3 @@ def check_space(directory: Path, needed: int) -> None:
         raise UserError(
             f"no space left for {directory}: about {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
         )
-
-
-def bytes_of(tensors: dict[str, Tensor]) -> int:
-    """Bytes of the values of some tensors."""
-    return sum(tensor.numel() * torch.empty(0, dtype=tensor.dtype).element_size() for tensor in tensors.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,25 @@ from subbit.binary.residual import binarize, binarize_residual
 from subbit.binary.scales import quadratic_error, solve_on_gram
 from subbit.linears import GroupedBinaryLinear, level_index, levels, scale_count
 
-__all__ = ["BinaryBlock", "Block", "Metric", "binarize_block", "binarize_blockwise", "refit_on_gram"]
+__all__ = ["BinaryBlock", "Block", "BlockOptions", "Metric", "binarize_block", "binarize_blockwise", "refit_on_gram"]
 
 Metric = Literal["gram", "conditional"]
+
+
+class BlockOptions(Protocol):
+    """The options that every method of this family has."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def salient_columns(self) -> int: ...
+
+    @property
+    def compensation(self) -> Compensation: ...
+
+    @property
+    def metric(self) -> Metric: ...
 
 
 @dataclass(frozen=True)
@@ -111,11 +127,8 @@ def binarize_blockwise(
     gram: Tensor,
     upper: Tensor,
     sparsity: Sparsity,
-    block_size: int,
-    compensation: Compensation,
-    metric: Metric,
+    options: BlockOptions,
     binarize: Callable[[Block], BinaryBlock],
-    has_salient: bool,
 ) -> GroupedBinaryLinear:
     """Run a method over all blocks of a linear, left to right.
 
@@ -123,25 +136,22 @@ def binarize_blockwise(
         weight: (out, in) float32, not changed.
         gram: (in, in) float32, H.
         upper: (in, in) float32, U with UᵀU = (damped H)⁻¹.
-        metric: what a block calls output error: its slice of H (``gram``, the papers), or its Schur complement
-            (U_bbᵀU_bb)⁻¹ (``conditional``), which knows that later columns will compensate.
         binarize: the method.
-        has_salient: whether the scales of salient columns are kept.
     """
     weight = weight.clone()
     done: list[BinaryBlock] = []
-    for start in range(0, weight.shape[1], block_size):
-        columns = slice(start, min(start + block_size, weight.shape[1]))
+    for start in range(0, weight.shape[1], options.block_size):
+        columns = slice(start, min(start + options.block_size, weight.shape[1]))
         corner = upper[columns, columns]
-        block = Block(weight[:, columns].clone(), columns, corner, block_metric(gram, corner, columns, metric))
+        block = Block(weight[:, columns].clone(), columns, corner, block_metric(gram, corner, columns, options.metric))
         result = binarize(block)
-        kept_scales = result.scales[:, : scale_count(result.regions, has_salient)].half()
+        kept_scales = result.scales[:, : scale_count(result.regions, options.salient_columns > 0)].half()
         result = BinaryBlock(result.keep, result.positive, result.symbol, result.salient, result.regions, kept_scales)
         done.append(result)
-        compensate(weight, block.weight - result.dense(), upper, start, compensation)
+        compensate(weight, block.weight - result.dense(), upper, start, options.compensation)
     return GroupedBinaryLinear(
         sparsity,
-        block_size,
+        options.block_size,
         done[0].regions,
         keep=torch.cat([b.keep for b in done], dim=1),
         positive=torch.cat([b.positive for b in done], dim=1),
@@ -152,7 +162,11 @@ def binarize_blockwise(
 
 
 def block_metric(gram: Tensor, corner: Tensor, columns: slice, metric: Metric) -> Tensor:
-    """S (k, k) float32 of one block; see :func:`binarize_blockwise`."""
+    """S (k, k) float32, what a block calls output error.
+
+    Its slice of H (``gram``, the papers), or its Schur complement (U_bbᵀU_bb)⁻¹ (``conditional``), which knows that
+    later columns will compensate.
+    """
     if metric == "gram":
         return gram[columns, columns]
     identity = torch.eye(len(corner), device=corner.device)

@@ -44,15 +44,7 @@ def pbs2p(
     """
     statistics = score_statistics(options.score, weight, gram, factor.upper)
     return binarize_blockwise(
-        weight,
-        gram,
-        factor.upper,
-        sparsity,
-        options.block_size,
-        options.compensation,
-        options.metric,
-        lambda block: spbo(block, statistics, sparsity, options),
-        has_salient=options.salient_columns > 0,
+        weight, gram, factor.upper, sparsity, options, lambda block: spbo(block, statistics, sparsity, options)
     )
 
 

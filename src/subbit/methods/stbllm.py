@@ -52,15 +52,7 @@ def stbllm(
         options.score, weight, gram, factor.upper, options.activation_exponent, options.standardize
     )
     return binarize_blockwise(
-        weight,
-        gram,
-        factor.upper,
-        sparsity,
-        options.block_size,
-        options.compensation,
-        options.metric,
-        lambda block: stbllm_block(block, statistics, sparsity, options),
-        has_salient=options.salient_columns > 0,
+        weight, gram, factor.upper, sparsity, options, lambda block: stbllm_block(block, statistics, sparsity, options)
     )
 
 
