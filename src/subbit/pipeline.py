@@ -20,7 +20,6 @@ from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.linears import GroupedBinaryLinear
 from subbit.methods import METHODS
 from subbit.models.layout import find_layout
 from subbit.models.source import ModelSource, open_source
@@ -233,14 +232,14 @@ def compress_linear(
     if not bool(result.scales.isfinite().all()):
         raise UserError(f"{name}: its scales do not fit in float16; the weights are too large for this format")
     spec, packed = pack(result)
-    check_exact(name, result, spec, packed)
+    check_exact(name, dense, spec, packed)
     linear.weight.copy_(dense)
     return spec, {key: value.cpu() for key, value in packed.items()}, relative_output_error(weight, dense, gram)
 
 
-def check_exact(name: str, result: GroupedBinaryLinear, spec: GroupedBinarySpec, packed: dict[str, Tensor]) -> None:
+def check_exact(name: str, dense: Tensor, spec: GroupedBinarySpec, packed: dict[str, Tensor]) -> None:
     """The packed form must decode to exactly what the method returned; anything else is a defect of ours."""
-    if not torch.equal(decode_rows(spec, packed), result.dense()):
+    if not torch.equal(decode_rows(spec, packed), dense):
         raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
 
 
