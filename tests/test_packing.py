@@ -29,7 +29,7 @@ from subbit.packing.codec import (
     unpack_bits,
     unpack_symbols,
 )
-from subbit.packing.layout import GroupedBinarySpec, decode_rows, pack, unpack
+from subbit.packing.grouped import GroupedBinarySpec, pack_grouped
 
 EVERY_NM = [(n, m) for m in (4, 8, 16) for n in range(1, m + 1)]
 FIELDS = ("keep", "positive", "symbol", "salient", "scales")
@@ -93,11 +93,11 @@ def value_of(linear: GroupedBinaryLinear, i: int, j: int) -> float:
 def test_round_trip_of_every_sparsity(n: int, m: int) -> None:
     for regions, salient in product((1, 2, 3), (True, False)):
         linear = random_linear(n, m, regions=regions, salient=salient)
-        spec, tensors = pack(linear)
-        back = unpack(spec, tensors)
+        spec, tensors = pack_grouped(linear)
+        back = spec.unpack(tensors)
         assert_same(linear, back)
         assert torch.equal(back.dense(), linear.dense())
-        assert torch.equal(decode_rows(spec, tensors), linear.dense())
+        assert torch.equal(spec.decode_rows(tensors), linear.dense())
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -105,9 +105,9 @@ def test_round_trip_of_every_sparsity(n: int, m: int) -> None:
 def test_round_trip_of_every_shape(columns: int, block: int) -> None:
     for rows, (n, m) in product((1, 7), ((4, 8), (3, 16), (1, 4))):
         linear = random_linear(n, m, rows=rows, columns=columns, block=block)
-        spec, tensors = pack(linear)
-        assert_same(linear, unpack(spec, tensors))
-        assert torch.equal(decode_rows(spec, tensors), linear.dense())
+        spec, tensors = pack_grouped(linear)
+        assert_same(linear, spec.unpack(tensors))
+        assert torch.equal(spec.decode_rows(tensors), linear.dense())
 
 
 @pytest.mark.parametrize(("regions", "salient"), list(product((1, 2, 3), (True, False))))
@@ -121,17 +121,17 @@ def test_dense_follows_the_definition(regions: int, salient: bool) -> None:
 @pytest.mark.parametrize("salient", [True, False])
 def test_slices_of_rows_decode_to_the_same_rows(n: int, m: int, salient: bool) -> None:
     linear = random_linear(n, m, rows=9, salient=salient)
-    spec, tensors = pack(linear)
+    spec, tensors = pack_grouped(linear)
     for rows in (slice(0, 1), slice(2, 5), slice(8, 9), slice(0, 9, 2)):
         part = {name: tensor if name == "salient" else tensor[rows] for name, tensor in tensors.items()}
-        assert torch.equal(decode_rows(spec, part), linear.dense()[rows])
+        assert torch.equal(spec.decode_rows(part), linear.dense()[rows])
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 8), (3, 4), (5, 16)])
 @pytest.mark.parametrize("salient", [True, False])
 def test_slices_of_whole_blocks_equal_packing_the_sliced_linear(n: int, m: int, salient: bool) -> None:
     linear = random_linear(n, m, columns=320, salient=salient, regions=3)  # five whole blocks
-    spec, tensors = pack(linear)
+    spec, tensors = pack_grouped(linear)
     code_bytes, symbol_size = spec.block_bytes(64)
     for first, last in ((0, 2), (1, 4), (4, 5)):
         columns = slice(64 * first, 64 * last)
@@ -143,14 +143,14 @@ def test_slices_of_whole_blocks_equal_packing_the_sliced_linear(n: int, m: int, 
             salient=linear.salient[columns],
             scales=linear.scales[:, first:last],
         )
-        sliced_spec, sliced = pack(part)
+        sliced_spec, sliced = pack_grouped(part)
         assert sliced_spec == replace(spec, in_features=64 * (last - first))
         assert torch.equal(sliced["codes"], tensors["codes"][:, first * code_bytes : last * code_bytes])
         assert torch.equal(sliced["symbols"], tensors["symbols"][:, first * symbol_size : last * symbol_size])
         assert torch.equal(sliced["scales"], tensors["scales"][:, first:last])
         if salient:
             assert torch.equal(sliced["salient"], tensors["salient"][8 * first : 8 * last])
-        assert torch.equal(decode_rows(sliced_spec, sliced), linear.dense()[:, columns])
+        assert torch.equal(sliced_spec.decode_rows(sliced), linear.dense()[:, columns])
 
 
 def expected_bytes(linear: GroupedBinaryLinear) -> int:
@@ -174,7 +174,7 @@ def expected_bytes(linear: GroupedBinaryLinear) -> int:
 def test_described_shapes_and_bytes_are_what_pack_returns(n: int, m: int) -> None:
     for regions, salient, columns in product((1, 2, 3), (True, False), (128, 160)):
         linear = random_linear(n, m, regions=regions, salient=salient, columns=columns)
-        spec, tensors = pack(linear)
+        spec, tensors = pack_grouped(linear)
         described = spec.tensors()
         assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == described
         assert sum(t.numel() * t.element_size() for t in tensors.values()) == expected_bytes(linear)
@@ -189,7 +189,7 @@ def test_stored_bits_of_a_large_linear() -> None:
 
 
 def test_description_survives_json() -> None:
-    spec, _ = pack(random_linear(4, 8))
+    spec, _ = pack_grouped(random_linear(4, 8))
     assert GroupedBinarySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     for change in ({"kind": "other"}, {"kind": None}, {"surprise": 1}):
         with pytest.raises(CheckpointError):
@@ -304,14 +304,14 @@ def test_one_symbol_takes_no_bytes() -> None:
 
 
 def test_a_codeword_out_of_range_is_refused() -> None:
-    spec, tensors = pack(random_linear(4, 8))  # 70 masks in seven bits
+    spec, tensors = pack_grouped(random_linear(4, 8))  # 70 masks in seven bits
     codes = tensors["codes"].clone()
     codes[2, :11] = pack_bits(torch.full((1, 8), 70 << 4), 11)[0]
-    for read in (unpack, decode_rows):
+    for read in (spec.unpack, spec.decode_rows):
         with pytest.raises(CheckpointError, match="70"):
-            read(spec, {**tensors, "codes": codes})
+            read({**tensors, "codes": codes})
     codes[2, :11] = pack_bits(torch.full((1, 8), 69 << 4), 11)[0]
-    unpack(spec, {**tensors, "codes": codes})
+    spec.unpack({**tensors, "codes": codes})
     for n, m in ((3, 8), (5, 16), (2, 4)):
         with pytest.raises(CheckpointError):
             decode_groups(torch.tensor([[comb(m, n) << n]]), n, m)
@@ -319,12 +319,12 @@ def test_a_codeword_out_of_range_is_refused() -> None:
 
 @pytest.mark.parametrize("byte", [243, 255])
 def test_a_symbol_byte_out_of_range_is_refused(byte: int) -> None:
-    spec, tensors = pack(random_linear(4, 8, regions=3))
+    spec, tensors = pack_grouped(random_linear(4, 8, regions=3))
     symbols = tensors["symbols"].clone()
     symbols[4, 3] = byte
-    for read in (unpack, decode_rows):
+    for read in (spec.unpack, spec.decode_rows):
         with pytest.raises(CheckpointError, match=str(byte)):
-            read(spec, {**tensors, "symbols": symbols})
+            read({**tensors, "symbols": symbols})
     unpack_symbols(torch.tensor([[242]], dtype=torch.uint8), 5, 3)
 
 
@@ -334,7 +334,7 @@ def test_a_symbol_that_its_column_cannot_have_is_refused(regions: int, symbol: i
     linear = random_linear(4, 8, regions=regions)
     wrong = linear.salient if regions == 3 else ~linear.salient
     broken = replace(linear, symbol=torch.where(linear.keep & wrong, symbol, linear.symbol.long()).to(torch.uint8))
-    spec, tensors = pack(broken)
-    for read in (unpack, decode_rows):
+    spec, tensors = pack_grouped(broken)
+    for read in (spec.unpack, spec.decode_rows):
         with pytest.raises(CheckpointError):
-            read(spec, tensors)
+            read(tensors)

@@ -20,7 +20,7 @@ import subbit
 from subbit import CheckpointError, Recipe, UserError
 from subbit.evaluation.perplexity import evaluate_perplexity
 from subbit.job import Job
-from subbit.packing.layout import GroupedBinarySpec, decode_rows, unpack
+from subbit.packing.layout import GroupedBinarySpec
 from subbit.pipeline import compress_layers
 from subbit.runtime.linear import SubbitLinear
 
@@ -62,7 +62,7 @@ def dense_weights(directory: Path) -> dict[str, Tensor]:
     result = {}
     for name, values in linears.items():
         spec = GroupedBinarySpec.from_dict(values)
-        result[name] = unpack(spec, {key: tensors[f"{name}.{key}"] for key in spec.tensors()}).dense()
+        result[name] = spec.unpack({key: tensors[f"{name}.{key}"] for key in spec.tensors()}).dense()
     return result
 
 
@@ -120,7 +120,8 @@ def test_a_loaded_model_is_its_dense_equivalent(
     dense = dense_weights(out)
     assert packed.keys() == dense.keys()
     for name, module in packed.items():
-        weight = decode_rows(module.spec, module.packed())
+        assert isinstance(module.spec, GroupedBinarySpec)
+        weight = module.spec.decode_rows(module.packed())
         assert torch.equal(weight, dense[name])
         kept = (weight.unflatten(1, (-1, 8)) != 0).sum(dim=2)
         assert int(kept.max()) <= module.spec.n

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import subbit
-from subbit.packing.layout import unpack
+from subbit.packing.layout import GroupedBinarySpec
 from subbit.runtime.linear import SubbitLinear
 
 pytestmark = [
@@ -42,7 +42,8 @@ def assert_pruned_is_zero(model: torch.nn.Module) -> int:
     """Every group of M has at most N non-zeros in every compressed linear; returns how many linears there are."""
     linears = [module for module in model.modules() if isinstance(module, SubbitLinear)]
     for linear in linears:
-        dense = unpack(linear.spec, linear.packed()).dense()
+        assert isinstance(linear.spec, GroupedBinarySpec)
+        dense = linear.spec.unpack(linear.packed()).dense()
         kept = (dense.unflatten(1, (-1, linear.spec.m)) != 0).sum(dim=2)
         assert int(kept.max()) <= linear.spec.n
     return len(linears)
@@ -88,6 +89,6 @@ def assert_same_as_dense(model: torch.nn.Module, source: Path, ids: list[int]) -
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, SubbitLinear):
-                dense.get_submodule(name).weight.copy_(unpack(module.spec, module.packed()).dense())
+                dense.get_submodule(name).weight.copy_(module.spec.unpack(module.packed()).dense())
         inputs = torch.tensor([ids])
         torch.testing.assert_close(model(inputs).logits, dense(inputs).logits, rtol=1e-4, atol=1e-4)

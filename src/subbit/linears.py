@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from subbit.binary.nm import Sparsity
 
-__all__ = ["GroupedBinaryLinear", "level_index", "levels", "scale_count"]
+__all__ = ["CompressedLinear", "GroupedBinaryLinear", "level_index", "levels", "scale_count"]
+
+
+class CompressedLinear(Protocol):
+    """What every type of compressed linear has."""
+
+    @property
+    def scales(self) -> Tensor:
+        """Its float16 numbers; the pipeline refuses those that are not finite."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    def dense(self) -> Tensor:
+        """(out, in) float32: the weights. Every kernel and every format must give exactly these numbers."""
 
 
 def scale_count(regions: int, has_salient: bool) -> int:

@@ -120,8 +120,7 @@ def count_linears(checkpoint: Checkpoint) -> dict[str, LinearCount]:
     counts = {}
     for name, spec in checkpoint.specs.items():
         stored = checkpoint.packed(name)
-        salient = salient_share(checkpoint, name)
-        nominal = spec.n / spec.m * (1 + salient)
+        nominal = spec.nominal(salient_share(checkpoint, name))
         size = sum(tensor.bytes for tensor in stored.values())
         counts[name] = LinearCount(spec.out_features * spec.in_features, size, nominal)
     for name in checkpoint.config["quantization_config"]["left_dense"]:
@@ -133,7 +132,7 @@ def count_linears(checkpoint: Checkpoint) -> dict[str, LinearCount]:
 def salient_share(checkpoint: Checkpoint, name: str) -> float:
     """Share of the columns of a linear that are salient, from its bitmap in the file."""
     spec = checkpoint.specs[name]
-    if not spec.has_salient:
+    if "salient" not in spec.tensors():
         return 0.0
     return int(read_bitmap(checkpoint, f"{name}.salient").sum()) / spec.in_features
 
@@ -193,7 +192,7 @@ def describe_linear(checkpoint: Checkpoint, name: str, count: LinearCount, error
     spec = checkpoint.specs.get(name)
     return {
         "name": name,
-        "sparsity": f"{spec.n}:{spec.m}" if spec else "dense",
+        "sparsity": spec.label if spec else "dense",
         "bits": {"nominal": count.nominal, "stored": count.stored},
         "error": error,
         "weights": count.weights,

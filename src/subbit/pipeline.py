@@ -24,7 +24,7 @@ from subbit.methods import METHODS
 from subbit.models.layout import find_layout
 from subbit.models.source import ModelSource, open_source
 from subbit.models.streaming import LayerCall, capture_inputs, release
-from subbit.packing.layout import GroupedBinarySpec, decode_rows, pack
+from subbit.packing.layout import LinearSpec, pack
 from subbit.planning import check_overrides, plan_sparsity
 from subbit.progress import Progress, SilentProgress
 from subbit.recipe import Recipe
@@ -222,7 +222,7 @@ def warn_about(job: Job, name: str, factor: InverseFactor, tokens: int) -> None:
 
 def compress_linear(
     job: Job, name: str, linear: nn.Linear, gram: Tensor, factor: InverseFactor, sparsity: str
-) -> tuple[GroupedBinarySpec, dict[str, Tensor], float]:
+) -> tuple[LinearSpec, dict[str, Tensor], float]:
     """Compress one linear in place; returns its spec, its packed tensors (CPU) and its relative output error."""
     weight = linear.weight.detach().clone()
     n, m = map(int, sparsity.split(":"))
@@ -237,9 +237,9 @@ def compress_linear(
     return spec, {key: value.cpu() for key, value in packed.items()}, relative_output_error(weight, dense, gram)
 
 
-def check_exact(name: str, dense: Tensor, spec: GroupedBinarySpec, packed: dict[str, Tensor]) -> None:
+def check_exact(name: str, dense: Tensor, spec: LinearSpec, packed: dict[str, Tensor]) -> None:
     """The packed form must decode to exactly what the method returned; anything else is a defect of ours."""
-    if not torch.equal(decode_rows(spec, packed), dense):
+    if not torch.equal(spec.decode_rows(packed), dense):
         raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, StoredTensor, read_header, sha256
 from subbit.errors import CheckpointError
-from subbit.packing.layout import GroupedBinarySpec
+from subbit.packing.layout import LinearSpec, read_spec
 
 __all__ = ["Checkpoint", "check_format_version", "is_compressed", "open_checkpoint"]
 
@@ -23,7 +23,7 @@ class Checkpoint:
 
     directory: Path
     config: dict[str, Any]
-    specs: dict[str, GroupedBinarySpec]  # compressed linears by module name
+    specs: dict[str, LinearSpec]  # compressed linears by module name
     tensors: dict[str, StoredTensor]
     manifest: dict[str, Any]  # empty after save_pretrained() to another place
 
@@ -129,12 +129,12 @@ def check_fields(quantization: dict[str, Any], where: Any) -> None:
             raise CheckpointError(f"{where}: {field!r} is missing in the quantization_config, or is no {kind.__name__}")
 
 
-def read_specs(linears: dict[str, Any], where: Any) -> dict[str, GroupedBinarySpec]:
+def read_specs(linears: dict[str, Any], where: Any) -> dict[str, LinearSpec]:
     """The descriptions of the compressed linears; CheckpointError for one that makes no sense."""
     specs = {}
     for name, values in linears.items():
         try:
-            specs[name] = GroupedBinarySpec.from_dict(values)
+            specs[name] = read_spec(values)
             sizes = [size for shape, _ in specs[name].tensors().values() for size in shape]
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             sizes = [0]

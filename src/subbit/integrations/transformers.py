@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from subbit.checkpoint.files import FORMAT_VERSION
 from subbit.checkpoint.reader import Checkpoint, check_format_version, open_checkpoint, read_specs
 from subbit.errors import CheckpointError
-from subbit.packing.layout import GroupedBinarySpec
+from subbit.packing.spec import LinearSpec
 from subbit.runtime.linear import SubbitLinear
 
 __all__ = ["SubbitConfig", "SubbitQuantizer", "register"]
@@ -101,7 +101,7 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def replace_linear(model: nn.Module, name: str, spec: GroupedBinarySpec) -> None:
+def replace_linear(model: nn.Module, name: str, spec: LinearSpec) -> None:
     """Put an empty SubbitLinear in the place of a linear; CheckpointError when there is none of that shape."""
     try:
         old = model.get_submodule(name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subbit.packing.layout import GroupedBinarySpec
+from subbit.packing.spec import LinearSpec
 from subbit.runtime.reference import packed_linear
 
 __all__ = ["SubbitLinear"]
@@ -20,7 +20,7 @@ class SubbitLinear(nn.Module):
     Not a ``nn.Linear``: model code that initializes weights must not find one here.
     """
 
-    def __init__(self, spec: GroupedBinarySpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
+    def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.in_features = spec.in_features
@@ -39,13 +39,14 @@ class SubbitLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Casting a model to another dtype must not round the scales: they are what the file says, in float16.
-        kept = self.get_buffer("scales")
+        kept = self.packed()
         super()._apply(fn, recurse)
-        moved = self.get_buffer("scales")
-        if moved.dtype != kept.dtype:
-            self.register_buffer("scales", kept.to(moved.device))
+        for name, tensor in kept.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                self.register_buffer(name, tensor.to(moved.device))
         return self
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"{self.in_features}, {self.out_features}, {self.spec.n}:{self.spec.m}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, {self.spec.label}, bias={self.bias is not None}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subbit.packing.layout import GroupedBinarySpec, decode_rows
+from subbit.packing.spec import LinearSpec
 
 __all__ = ["packed_linear"]
 
 TILE_WEIGHTS = 1 << 19  # dense weights in memory at a time
 
 
-def packed_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+def packed_linear(inputs: Tensor, spec: LinearSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
     """``inputs`` (..., in) times the packed weight, (..., out) in the dtype of ``inputs``.
 
     The dense matrix exists only a tile of rows at a time.
@@ -21,12 +21,7 @@ def packed_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, Te
     output = inputs.new_empty(*inputs.shape[:-1], spec.out_features)
     for start in range(0, spec.out_features, rows_at_once):
         rows = slice(start, start + rows_at_once)
-        tile = decode_rows(spec, row_slice(tensors, rows)).to(inputs.dtype)
+        tile = spec.decode_rows(spec.row_slice(tensors, rows)).to(inputs.dtype)
         part = None if bias is None else bias[rows].to(inputs.dtype)
         output[..., rows] = torch.nn.functional.linear(inputs, tile, part)
     return output
-
-
-def row_slice(tensors: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The stored tensors of some rows; the bitmap of the columns belongs to all of them."""
-    return {name: tensor if name == "salient" else tensor[rows] for name, tensor in tensors.items()}
