@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subbit.binary.nm import Sparsity
 
-__all__ = ["CompressedLinear", "GroupedBinaryLinear", "level_index", "levels", "scale_count"]
+__all__ = ["CodesLinear", "CompressedLinear", "GroupedBinaryLinear", "level_index", "levels", "scale_count"]
 
 
 class CompressedLinear(Protocol):
@@ -97,3 +97,30 @@ class GroupedBinaryLinear:
             table[:, block].gather(1, columns) for block, columns in enumerate(index.split(self.block_size, dim=1))
         ]
         return torch.where(self.keep, torch.cat(blocks, dim=1), 0.0)
+
+
+@dataclass(frozen=True)
+class CodesLinear:
+    """One codeword a group: ŵ_ij = r_i · c_j · z_ij, z in {−1, 0, +1} with exactly N non-zeros of every M."""
+
+    sparsity: Sparsity
+    signs: Tensor  # (out, in) int8, z
+    row_scales: Tensor  # (out,) float16, r
+    column_scales: Tensor | None  # (in,) float16, c; None is one everywhere
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.signs.shape[0], self.signs.shape[1]
+
+    @property
+    def scales(self) -> Tensor:
+        """(out,) or (out + in,) float16: all of its scales."""
+        return self.row_scales if self.column_scales is None else torch.cat([self.row_scales, self.column_scales])
+
+    def dense(self) -> Tensor:
+        """(out, in) float32: (r_i · c_j) · z_ij, exact in float32 since both factors are float16."""
+        scale = self.row_scales.float()[:, None]
+        if self.column_scales is not None:
+            scale = scale * self.column_scales.float()
+        return scale * self.signs

@@ -6,19 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-from subbit.linears import CompressedLinear, GroupedBinaryLinear
+from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear
+from subbit.packing.codes import CodesSpec, pack_codes
 from subbit.packing.grouped import GroupedBinarySpec, pack_grouped
 from subbit.packing.spec import LinearSpec
 
-__all__ = ["GroupedBinarySpec", "LinearSpec", "pack", "read_spec"]
+__all__ = ["CodesSpec", "GroupedBinarySpec", "LinearSpec", "pack", "read_spec"]
 
-SPECS: dict[str, type[LinearSpec]] = {spec.kind: spec for spec in (GroupedBinarySpec,)}
+SPECS: dict[str, type[LinearSpec]] = {spec.kind: spec for spec in (GroupedBinarySpec, CodesSpec)}
 
 
 def pack(linear: CompressedLinear) -> tuple[LinearSpec, dict[str, Tensor]]:
     """The description and the stored tensors of a linear."""
     if isinstance(linear, GroupedBinaryLinear):
         return pack_grouped(linear)
+    if isinstance(linear, CodesLinear):
+        return pack_codes(linear)
     raise TypeError(f"{type(linear).__name__} has no packed form")
 
 
