@@ -15,6 +15,7 @@ from subbit.evaluation.perplexity import Perplexity, evaluate_perplexity
 from subbit.integrations.transformers import register
 from subbit.models.source import open_source
 from subbit.packing.accounting import BitCount, LinearCount
+from subbit.packing.spec import LinearSpec
 from subbit.progress import Progress, SilentProgress
 
 __all__ = ["evaluate", "inspect", "load"]
@@ -88,14 +89,19 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     Returns:
         JSON-able. ``bits``: nominal (as the papers count), stored (bits of the file per linear weight, everything that
         the linears need), model (bits of all weight files per parameter of the dense model). ``linear_weights``,
-        ``linear_bytes``, ``dense_bytes`` (embeddings, norms, biases), ``header_bytes``; these three add up to
-        ``file_bytes``. ``layers``: the decoder layers, each with its ``linears``. ``left_dense``: linears not
-        compressed, and why; they count in all bits.
+        ``linear_bytes``, ``embedding_bytes`` (packed ones), ``dense_bytes`` (norms, biases, embeddings that are not
+        packed), ``header_bytes``; these four add up to ``file_bytes``. ``embeddings``: what the packed embedding and
+        head take, what a head is ``tied_to``, why one was ``left_dense``; empty unless the recipe asks for it.
+        ``layers``: the decoder layers, each with its ``linears``. ``left_dense``: linears not compressed, and why; they
+        count in all bits.
     """
     checkpoint = open_checkpoint(directory)
     linears = count_linears(checkpoint)
     tensor_bytes = sum(tensor.bytes for tensor in checkpoint.tensors.values())
-    parameters = sum(count.weights for count in linears.values()) + count_others(checkpoint, linears)
+    embeddings = count_embeddings(checkpoint)
+    embedding_bytes = sum(count.bytes for count in embeddings.values())
+    packed_weights = sum(count.weights for count in [*linears.values(), *embeddings.values()])
+    parameters = packed_weights + count_others(checkpoint, linears)
     total = BitCount.of(list(linears.values()), parameters, checkpoint.file_bytes)
     quantization = checkpoint.config["quantization_config"]
     return {
@@ -106,10 +112,12 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "bits": {"nominal": total.nominal, "stored": total.stored, "model": total.model},
         "linear_weights": total.linear_weights,
         "linear_bytes": total.linear_bytes,
-        "dense_bytes": tensor_bytes - total.linear_bytes,
+        "embedding_bytes": embedding_bytes,
+        "dense_bytes": tensor_bytes - total.linear_bytes - embedding_bytes,
         "header_bytes": total.file_bytes - tensor_bytes,
         "file_bytes": total.file_bytes,
         "parameters": total.parameters,
+        "embeddings": describe_embeddings(checkpoint, embeddings),
         "layers": describe_layers(checkpoint, linears),
         "left_dense": quantization["left_dense"],
     }
@@ -129,6 +137,28 @@ def count_linears(checkpoint: Checkpoint) -> dict[str, LinearCount]:
     return counts
 
 
+def count_embeddings(checkpoint: Checkpoint) -> dict[str, LinearCount]:
+    """Weights and bytes of the packed embedding and head; a tied head has none of its own."""
+    counts = {}
+    for name, spec in checkpoint.embeddings.specs.items():
+        size = sum(checkpoint.tensors[f"{name}.{key}"].bytes for key in spec.tensors())
+        counts[name] = LinearCount(spec.out_features * spec.in_features, size, spec.nominal())
+    return counts
+
+
+def describe_embeddings(checkpoint: Checkpoint, counts: dict[str, LinearCount]) -> dict[str, dict[str, Any]]:
+    """One entry for the embedding and one for the head, if they were to be packed."""
+    embeddings = checkpoint.embeddings
+    return {
+        **{
+            name: {"label": spec.label, "stored": count.stored, "weights": count.weights, "bytes": count.bytes}
+            for (name, spec), count in zip(embeddings.specs.items(), counts.values(), strict=True)
+        },
+        **{name: {"tied_to": other} for name, other in embeddings.tied.items()},
+        **{name: {"left_dense": reason} for name, reason in embeddings.left.items()},
+    }
+
+
 def salient_share(checkpoint: Checkpoint, name: str) -> float:
     """Share of the columns of a linear that are salient, from its bitmap in the file."""
     spec = checkpoint.specs[name]
@@ -145,8 +175,9 @@ def read_bitmap(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def count_others(checkpoint: Checkpoint, linears: dict[str, LinearCount]) -> int:
-    """Elements of all tensors that are no part of a linear: embeddings, norms, biases."""
-    inside = {f"{name}.{key}" for name in checkpoint.specs for key in checkpoint.specs[name].tensors()}
+    """Elements of all tensors that are no part of a linear or packed embedding: norms, biases, dense embeddings."""
+    specs: dict[str, LinearSpec] = {**checkpoint.specs, **checkpoint.embeddings.specs}
+    inside = {f"{name}.{key}" for name, spec in specs.items() for key in spec.tensors()}
     inside |= {stored for name in linears for stored in (name, f"{name}.weight")}
     return sum(tensor.count for name, tensor in checkpoint.tensors.items() if name not in inside)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, StoredTensor, read_header, sha256
 from subbit.errors import CheckpointError
+from subbit.packing.embedding import PackedEmbeddings
 from subbit.packing.layout import LinearSpec, read_spec
 
 __all__ = ["Checkpoint", "check_format_version", "is_compressed", "open_checkpoint"]
@@ -24,6 +25,7 @@ class Checkpoint:
     directory: Path
     config: dict[str, Any]
     specs: dict[str, LinearSpec]  # compressed linears by module name
+    embeddings: PackedEmbeddings  # input embedding and head; empty where they are stored dense
     tensors: dict[str, StoredTensor]
     manifest: dict[str, Any]  # empty after save_pretrained() to another place
 
@@ -44,9 +46,10 @@ class Checkpoint:
     def check_structure(self) -> None:
         """CheckpointError unless every packed tensor is there with the shape and dtype that its spec says.
 
-        So must be what was left dense; whether embeddings, norms and biases are there only the model can tell.
+        So must be what was left dense; whether dense embeddings, norms and biases are there only the model can tell.
         """
-        for name, spec in self.specs.items():
+        packed: dict[str, LinearSpec] = {**self.specs, **self.embeddings.specs}
+        for name, spec in packed.items():
             for key, (shape, dtype) in spec.tensors().items():
                 stored = self.tensors.get(f"{name}.{key}")
                 if stored is None:
@@ -95,7 +98,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     specs = read_specs(quantization["linears"], directory)
     manifest_path = directory / MANIFEST_FILE
     manifest = read_json(manifest_path) if manifest_path.exists() else {}
-    checkpoint = Checkpoint(directory, config, specs, read_tensors(directory), manifest)
+    embeddings = PackedEmbeddings.from_dict(quantization.get("embeddings", {}), directory)
+    checkpoint = Checkpoint(directory, config, specs, embeddings, read_tensors(directory), manifest)
     checkpoint.check_structure()
     return checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from subbit.checkpoint.files import FORMAT_VERSION
 from subbit.checkpoint.reader import Checkpoint, check_format_version, open_checkpoint, read_specs
 from subbit.errors import CheckpointError
+from subbit.packing.embedding import EmbeddingSpec, PackedEmbeddings
 from subbit.packing.spec import LinearSpec
-from subbit.runtime.linear import SubbitLinear
+from subbit.runtime.embedding import SubbitEmbedding, SubbitHead, TiedHead, embedding_scale
+from subbit.runtime.linear import PackedModule, SubbitLinear
 
 __all__ = ["SubbitConfig", "SubbitQuantizer", "register"]
 
@@ -28,6 +31,7 @@ class SubbitConfig(QuantizationConfigMixin):
         self,
         linears: dict[str, dict[str, Any]] | None = None,
         left_dense: dict[str, str] | None = None,
+        embeddings: dict[str, dict[str, Any]] | None = None,
         method: str = "",
         sparsity: str = "",
         format_version: int = FORMAT_VERSION,
@@ -39,10 +43,11 @@ class SubbitConfig(QuantizationConfigMixin):
         self.sparsity = sparsity
         self.linears = linears or {}
         self.left_dense = left_dense or {}
+        self.embeddings = embeddings or {}
 
 
 class SubbitQuantizer(HfQuantizer):
-    """Puts a :class:`SubbitLinear` where a compressed linear stood; the weights then load like any others."""
+    """Puts a packed module where a compressed linear or embedding stood; the weights then load like any others."""
 
     requires_calibration = True
 
@@ -58,13 +63,14 @@ class SubbitQuantizer(HfQuantizer):
             checkpoint.check_contents()
         for name, spec in read_specs(self.quantization_config.linears, "this checkpoint").items():
             replace_linear(model, name, spec)
+        replace_embeddings(model, PackedEmbeddings.from_dict(self.quantization_config.embeddings, "this checkpoint"))
         if checkpoint:
             check_complete(model, checkpoint)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, SubbitLinear) and any(tensor.is_meta for tensor in module.packed().values()):
+            if isinstance(module, PackedModule) and any(tensor.is_meta for tensor in module.packed().values()):
                 raise CheckpointError(f"the packed tensors of {name} were not loaded; the checkpoint is incomplete")
         return model
 
@@ -103,17 +109,72 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 def replace_linear(model: nn.Module, name: str, spec: LinearSpec) -> None:
     """Put an empty SubbitLinear in the place of a linear; CheckpointError when there is none of that shape."""
+    old = find_module(model, name, spec)
+    with torch.device("meta"):
+        model.set_submodule(name, SubbitLinear(spec, getattr(old, "bias", None)))
+
+
+def find_module(model: nn.Module, name: str, spec: LinearSpec) -> nn.Module:
+    """The linear or embedding to replace; CheckpointError when there is none of that shape."""
     try:
-        old = model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(f"the model has no linear {name}; load it with AutoModelForCausalLM") from None
-    shape = (getattr(old, "out_features", None), getattr(old, "in_features", None))
+    names = ("num_embeddings", "embedding_dim") if isinstance(module, nn.Embedding) else ("out_features", "in_features")
+    shape = tuple(getattr(module, size, None) for size in names)
     if shape != (spec.out_features, spec.in_features):
         raise CheckpointError(
             f"{name} is {shape} in the model, but {spec.out_features}, {spec.in_features} in the file"
         )
-    with torch.device("meta"):
-        model.set_submodule(name, SubbitLinear(spec, getattr(old, "bias", None)))
+    return module
+
+
+def replace_embeddings(model: PreTrainedModel, packed: PackedEmbeddings) -> None:
+    """Put empty packed modules in the places of the input embedding and the head; a tied head shares the embedding's.
+
+    Raises:
+        CheckpointError: the model has no such modules.
+    """
+    for name, spec in packed.specs.items():
+        with torch.device("meta"):
+            model.set_submodule(name, packed_module(name, find_module(model, name, spec), spec))
+    for name, other in packed.tied.items():
+        old, embedding = find_module(model, name, packed.specs[other]), model.get_submodule(other)
+        if not isinstance(embedding, SubbitEmbedding):
+            raise CheckpointError(f"{name} is tied to {other}, which is no embedding in this model")
+        model.set_submodule(name, TiedHead(embedding, getattr(old, "bias", None)))
+    forget_ties(model, [*packed.specs, *packed.tied])
+
+
+def packed_module(name: str, old: nn.Module, spec: EmbeddingSpec) -> PackedModule:
+    """What takes the place of an embedding or of a head."""
+    dtype = getattr(old, "weight").dtype  # noqa: B009 (untyped)
+    if not isinstance(old, nn.Embedding):
+        return SubbitHead(spec, getattr(old, "bias", None), dtype)
+    scale = embedding_scale(old)
+    if scale is None:
+        raise CheckpointError(f"{name} is a {type(old).__name__}, whose lookup this version of subbit does not know")
+    return SubbitEmbedding(spec, scale, dtype, old.padding_idx)
+
+
+def forget_ties(model: PreTrainedModel, names: list[str]) -> None:
+    """Tell transformers of no tied weights in these modules: it would look for parameters that they do not have.
+
+    In ``all_tied_weights_keys``, which loading uses, and in the keys of the class, which ``tie_weights()`` reads anew.
+    """
+    gone = [f"{name}.weight" for name in names]
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in gone or source in gone:
+            del model.all_tied_weights_keys[target]
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part._tied_weights_keys:
+            prefix = f"{path}." if path else ""
+            inside = [name.removeprefix(prefix) for name in gone if name.startswith(prefix)]
+            part._tied_weights_keys = {
+                target: source
+                for target, source in part._tied_weights_keys.items()
+                if not any(re.match(pattern, name) for pattern in (target, source) for name in inside)
+            }
 
 
 def register() -> None:

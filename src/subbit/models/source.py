@@ -11,8 +11,8 @@ import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -79,6 +79,21 @@ class _MemoryStore:
         return self.tensors[name]
 
 
+@dataclass(frozen=True)
+class _ReplacingStore:
+    """Another store, but for some tensors, which are computed whenever they are read."""
+
+    base: _TensorStore
+    replaced: Mapping[str, Callable[[], Tensor]]
+
+    @property
+    def info(self) -> Mapping[str, _TensorInfo]:
+        return self.base.info
+
+    def read(self, name: str) -> Tensor:
+        return self.replaced[name]() if name in self.replaced else self.base.read(name)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelSource:
     """A causal language model on disk, its tensors readable one by one under the names of the transformers module.
@@ -115,6 +130,11 @@ class ModelSource:
         or to write into it.
         """
         return self._store.read(self._stored_names[name])
+
+    def replacing(self, tensors: Mapping[str, Callable[[], Tensor]]) -> "ModelSource":
+        """The same model with other values for some tensors, each computed anew whenever it is read."""
+        replaced = {self._stored_names[name]: read for name, read in tensors.items()}
+        return replace(self, _store=_ReplacingStore(self._store, replaced))
 
     def skeleton(self) -> PreTrainedModel:
         """A new model without memory: every parameter and buffer on the meta device (float32), in eval mode."""

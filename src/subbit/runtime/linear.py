@@ -1,4 +1,4 @@
-"""SubbitLinear: the module that stands where a ``nn.Linear`` stood."""
+"""SubbitLinear, the module that stands where a ``nn.Linear`` stood, and what all packed modules share."""
 
 from __future__ import annotations
 
@@ -11,31 +11,24 @@ from torch import Tensor, nn
 from subbit.packing.spec import LinearSpec
 from subbit.runtime.reference import packed_linear
 
-__all__ = ["SubbitLinear"]
+__all__ = ["PackedModule", "SubbitLinear"]
 
 
-class SubbitLinear(nn.Module):
-    """A linear whose weight exists only in packed form, as the buffers that docs/format.md lists.
+class PackedModule(nn.Module):
+    """A module whose weight exists only in packed form, as the buffers that docs/format.md lists.
 
-    Not a ``nn.Linear``: model code that initializes weights must not find one here.
+    No ``nn.Linear`` or ``nn.Embedding``: model code that initializes weights must not find one here.
     """
 
-    def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
+    def __init__(self, spec: LinearSpec, device: str | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.in_features = spec.in_features
-        self.out_features = spec.out_features
         for name, (shape, dtype) in spec.tensors().items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
-        self.register_parameter("bias", bias)
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.spec.tensors()}
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in) → (..., out), dtype of ``inputs``."""
-        return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Casting a model to another dtype must not round the scales: they are what the file says, in float16.
@@ -46,6 +39,20 @@ class SubbitLinear(nn.Module):
             if moved.dtype != tensor.dtype:
                 self.register_buffer(name, tensor.to(moved.device))
         return self
+
+
+class SubbitLinear(PackedModule):
+    """A linear with a packed weight."""
+
+    def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
+        super().__init__(spec, device)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) → (..., out), dtype of ``inputs``."""
+        return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
