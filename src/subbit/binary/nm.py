@@ -35,7 +35,12 @@ class Sparsity:
 
     @classmethod
     def parse(cls, text: str) -> Sparsity:
-        """Read ``"4:8"``; raises UserError unless 1 <= N < M and M is 4, 8 or 16."""
+        """Read ``"4:8"``; raises UserError unless 1 <= N < M and M is 4, 8 or 16.
+
+        ``"none"``, or ``"1:1"``, keeps every weight.
+        """
+        if re.fullmatch(r"\s*(none|1\s*:\s*1)\s*", text):
+            return cls(1, 1)
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
         if not match:
             raise UserError(
@@ -49,6 +54,11 @@ class Sparsity:
                 f"sparsity {text!r}: N weights of every M are kept, so N must be between 1 and {sparsity.m - 1}"
             )
         return sparsity
+
+    @property
+    def dense(self) -> bool:
+        """Whether every weight is kept."""
+        return self.n == self.m
 
     @property
     def density(self) -> float:

@@ -6,20 +6,39 @@ A method is what happens inside one block; it gets a :class:`Block` and returns 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from subbit.binary.compensate import Compensation, compensate
-from subbit.binary.groups import REGIONS, Grouping, assign_regions
-from subbit.binary.nm import Sparsity
+from subbit.binary.compensate import Compensation, compensate, prune_sequentially
+from subbit.binary.groups import (
+    REGIONS,
+    Grouping,
+    assign_regions,
+    rank_columns,
+    search_salient_count,
+    search_split,
+)
+from subbit.binary.nm import ScoreStatistics, Sparsity, keep_top
 from subbit.binary.residual import binarize, binarize_residual
 from subbit.binary.scales import quadratic_error, solve_on_gram
 from subbit.linears import GroupedBinaryLinear, level_index, levels, scale_count
 
-__all__ = ["BinaryBlock", "Block", "BlockOptions", "Metric", "binarize_block", "binarize_blockwise", "refit_on_gram"]
+__all__ = [
+    "BinaryBlock",
+    "Block",
+    "BlockOptions",
+    "Metric",
+    "PrunedBlockOptions",
+    "binarize_block",
+    "binarize_blockwise",
+    "binarize_searched",
+    "prune_and_binarize",
+    "prune_block",
+    "refit_on_gram",
+]
 
 Metric = Literal["gram", "conditional"]
 
@@ -38,6 +57,29 @@ class BlockOptions(Protocol):
 
     @property
     def metric(self) -> Metric: ...
+
+
+class SplitOptions(BlockOptions, Protocol):
+    """With salient columns and regions found as BiLLM does."""
+
+    @property
+    def grouping(self) -> Grouping: ...
+
+    @property
+    def candidates(self) -> int: ...
+
+
+class PrunedBlockOptions(SplitOptions, Protocol):
+    """The options of BiLLM and STBLLM."""
+
+    @property
+    def prune_compensation(self) -> bool: ...
+
+    @property
+    def search_on(self) -> Literal["weights", "saliency"]: ...
+
+    @property
+    def scales(self) -> Literal["weights", "gram"]: ...
 
 
 @dataclass(frozen=True)
@@ -60,52 +102,123 @@ class BinaryBlock:
     salient: Tensor  # (k,) bool
     regions: int
     scales: Tensor  # (rows, scale_count): float32 while it is being solved, float16 at the end
+    column_scales: Tensor | None = None  # (k,), as the scales
+
+    @property
+    def salient_regions(self) -> int:
+        """Regions of the salient columns: 1 or 2."""
+        return max(1, (self.scales.shape[1] - 2 * self.regions) // 3)
 
     def dense(self) -> Tensor:
         """(rows, k) float32."""
         values = levels(self.scales, self.regions)
         index = level_index(self.positive, self.symbol, self.salient, self.regions)
-        return torch.where(self.keep, values.gather(1, index), 0.0)
+        dense = torch.where(self.keep, values.gather(1, index), 0.0)
+        return dense if self.column_scales is None else dense * self.column_scales.float()
 
     def basis(self) -> Tensor:
-        """(rows, scale_count, k) float32: the dense block is ``scales @ basis``, row by row."""
+        """(rows, scale_count, k) float32: without column scales the dense block is ``scales @ basis``, row by row."""
         sign = torch.where(self.positive, 1.0, -1.0)
         region = [self.keep & ~self.salient & (self.symbol == r) for r in range(self.regions)]
         rows = [mask.float() for mask in region] + [torch.where(mask, sign, 0.0) for mask in region]
-        if self.scales.shape[1] > 2 * self.regions:
-            mask = self.keep & self.salient
-            rows += [mask.float(), torch.where(mask, sign, 0.0)]
-            rows += [torch.where(mask, torch.where(self.symbol == 1, 1.0, -1.0), 0.0)]
+        residual = torch.where(self.symbol & 1 == 1, 1.0, -1.0)
+        for first in range(2 * self.regions, self.scales.shape[1], 3):
+            mask = self.keep & self.salient & (self.symbol >> 1 == (first - 2 * self.regions) // 3)
+            rows += [mask.float(), torch.where(mask, sign, 0.0), torch.where(mask, residual, 0.0)]
         return torch.stack(rows, dim=1)
 
 
-def binarize_block(
-    weight: Tensor, keep: Tensor, salient: Tensor, search: Tensor, thresholds: tuple[float, ...], grouping: Grouping
+def prune_block(
+    block: Block, statistics: ScoreStatistics, sparsity: Sparsity, compensated: bool
+) -> tuple[Tensor, Tensor]:
+    """Prune N:M by score.
+
+    Args:
+        compensated: the kept weights of the block absorb its pruned ones, as in SparseGPT.
+
+    Returns:
+        The weights (rows, k) float32, zero where pruned, and the keep-mask (rows, k) bool.
+    """
+    keep = keep_top(statistics.score(block.weight, block.columns), sparsity.n, sparsity.m)
+    if sparsity.dense:
+        return block.weight, keep
+    if compensated:
+        return prune_sequentially(block.weight, keep, block.upper), keep
+    return torch.where(keep, block.weight, 0.0), keep
+
+
+def binarize_searched(
+    weight: Tensor,
+    keep: Tensor,
+    upper: Tensor,
+    options: SplitOptions,
+    search: Tensor | None = None,
+    split_salient: bool = False,
 ) -> BinaryBlock:
-    """Binarize a block on its weights: salient columns twice, every region of the rest once.
+    """BiLLM (arXiv 2402.04291, sections 3.2 and 3.3) on the kept weights: find salient columns and regions, binarize.
+
+    Args:
+        weight: (rows, k) float32.
+        keep: (rows, k) bool.
+        upper: (k, k), the block of U.
+        search: (rows, k), the matrix that the thresholds are on; None: the weights.
+        split_salient: split the salient columns by size as well (ARB-LLM's column-group bitmap).
+    """
+    search = weight if search is None else search
+    ranking = rank_columns(weight, upper.diagonal())
+    salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    salient[ranking[: search_salient_count(weight, keep, ranking, options.salient_columns)]] = True
+    thresholds = search_split(search, keep & ~salient, options.grouping, options.candidates)
+    region = assign_regions(search, thresholds)
+    if split_salient:
+        inner = search_split(search, keep & salient, "bell", options.candidates)
+        region = torch.where(salient, assign_regions(search, inner), region)
+    return binarize_block(weight, keep, salient, region, REGIONS[options.grouping], 2 if split_salient else 1)
+
+
+def binarize_block(
+    weight: Tensor, keep: Tensor, salient: Tensor, region: Tensor, regions: int, salient_regions: int = 1
+) -> BinaryBlock:
+    """Binarize a block on its weights: every region of the salient columns twice, every region of the rest once.
 
     Args:
         weight: (rows, k) float32.
         keep: (rows, k) bool.
         salient: (k,) bool.
-        search: (rows, k), the matrix that the thresholds are on (the weights, or their saliency).
-        thresholds: from :func:`subbit.binary.groups.search_split`.
+        region: (rows, k) uint8, below ``regions``; in the salient columns it counts only if they have two regions.
     """
-    regions = REGIONS[grouping]
-    symbol = assign_regions(search, thresholds)
-    shifts, scales = [], []
+    shifts, scales, triples = [], [], []
     positive = torch.zeros_like(keep)
-    for region in range(regions):
-        part = binarize(weight, keep & ~salient & (symbol == region))
+    symbol = region
+    for r in range(regions):
+        part = binarize(weight, keep & ~salient & (region == r))
         positive |= part.positive
         shifts.append(part.shift)
         scales.append(part.scale)
-    columns = shifts + scales
-    twice = binarize_residual(weight, keep & salient)
-    columns += [twice.shift, twice.scale, twice.residual_scale]
-    positive |= twice.positive
-    symbol = torch.where(salient, twice.residual_positive.to(torch.uint8), symbol)
-    return BinaryBlock(keep, positive, torch.where(keep, symbol, 0), salient, regions, torch.stack(columns, dim=1))
+    for r in range(salient_regions):
+        mask = salient if salient_regions == 1 else salient & (region == r)
+        twice = binarize_residual(weight, keep & mask)
+        triples += [twice.shift, twice.scale, twice.residual_scale]
+        positive |= twice.positive
+        symbol = torch.where(mask, 2 * r + twice.residual_positive.to(torch.uint8), symbol)
+    numbers = torch.stack(shifts + scales + triples, dim=1)
+    return BinaryBlock(keep, positive, torch.where(keep, symbol, 0), salient, regions, numbers)
+
+
+def prune_and_binarize(
+    block: Block, statistics: ScoreStatistics, sparsity: Sparsity, options: PrunedBlockOptions
+) -> BinaryBlock:
+    """The block of BiLLM and STBLLM: prune N:M, find salient columns and regions, binarize.
+
+    The two differ in their score and in the number of regions (STBLLM, algorithm 1). A pruned weight takes no part in
+    the binarization and is zero afterwards.
+    """
+    weight, keep = prune_block(block, statistics, sparsity, options.prune_compensation)
+    search = None if options.search_on == "weights" else (weight / block.upper.diagonal()).square()
+    result = binarize_searched(weight, keep, block.upper, options, search)
+    if options.scales == "gram":
+        result = replace(result, scales=refit_on_gram(result, block.weight, block.metric))
+    return result
 
 
 def refit_on_gram(block: BinaryBlock, target: Tensor, metric: Tensor) -> Tensor:
@@ -144,11 +257,10 @@ def binarize_blockwise(
         columns = slice(start, min(start + options.block_size, weight.shape[1]))
         corner = upper[columns, columns]
         block = Block(weight[:, columns].clone(), columns, corner, block_metric(gram, corner, columns, options.metric))
-        result = binarize(block)
-        kept_scales = result.scales[:, : scale_count(result.regions, options.salient_columns > 0)].half()
-        result = BinaryBlock(result.keep, result.positive, result.symbol, result.salient, result.regions, kept_scales)
+        result = store_scales(binarize(block), options.salient_columns > 0)
         done.append(result)
         compensate(weight, block.weight - result.dense(), upper, start, options.compensation)
+    column_scales = [b.column_scales for b in done if b.column_scales is not None]
     return GroupedBinaryLinear(
         sparsity,
         options.block_size,
@@ -158,7 +270,15 @@ def binarize_blockwise(
         symbol=torch.cat([b.symbol for b in done], dim=1),
         salient=torch.cat([b.salient for b in done]),
         scales=torch.stack([b.scales for b in done], dim=1),
+        column_scales=torch.cat(column_scales) if column_scales else None,
     )
+
+
+def store_scales(block: BinaryBlock, has_salient: bool) -> BinaryBlock:
+    """The block with float16 numbers, those of salient columns only if the linear has any."""
+    count = scale_count(block.regions, has_salient, block.salient_regions)
+    column_scales = None if block.column_scales is None else block.column_scales.half()
+    return replace(block, scales=block.scales[:, :count].half(), column_scales=column_scales)
 
 
 def block_metric(gram: Tensor, corner: Tensor, columns: slice, metric: Metric) -> Tensor:

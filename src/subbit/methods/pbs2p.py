@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from subbit.binary.compensate import Compensation, InverseFactor
-from subbit.binary.groups import Grouping, rank_columns, search_salient_count, search_split
+from subbit.binary.groups import Grouping
 from subbit.binary.nm import PruningScore, ScoreStatistics, Sparsity, keep_top, score_statistics
 from subbit.linears import GroupedBinaryLinear
-from subbit.methods.blockwise import BinaryBlock, Block, Metric, binarize_block, binarize_blockwise, refit_on_gram
+from subbit.methods.blockwise import BinaryBlock, Block, Metric, binarize_blockwise, binarize_searched, refit_on_gram
+from subbit.methods.options import check_blocks
 
 __all__ = ["Pbs2pOptions", "pbs2p"]
 
@@ -30,6 +31,10 @@ class Pbs2pOptions:
     candidates: int = 80  # thresholds tried
     compensation: Compensation = "exact"  # how later blocks absorb the error of a block; "diagonal" in the paper
     metric: Metric = "conditional"  # whose output error the scales minimize; "gram" in the paper
+
+    def check(self, sparsity: Sparsity) -> None:
+        """ValueError for what the types of the fields cannot say."""
+        check_blocks(self, sparsity)
 
 
 def pbs2p(
@@ -80,13 +85,8 @@ def pruning_schedule(sparsity: Sparsity, steps: int) -> list[int]:
 
 def dense_start(block: Block, options: Pbs2pOptions) -> BinaryBlock:
     """BiLLM's binarization of the unpruned block: salient columns twice, the rest in regions."""
-    weight = block.weight
-    everything = torch.ones_like(weight, dtype=torch.bool)
-    ranking = rank_columns(weight, block.upper.diagonal())
-    salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    salient[ranking[: search_salient_count(weight, everything, ranking, options.salient_columns)]] = True
-    thresholds = search_split(weight, everything & ~salient, options.grouping, options.candidates)
-    return binarize_block(weight, everything, salient, weight, thresholds, options.grouping)
+    everything = torch.ones_like(block.weight, dtype=torch.bool)
+    return binarize_searched(block.weight, everything, block.upper, options)
 
 
 def dropping_cost(result: BinaryBlock, block: Block) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from subbit.binary.compensate import Compensation, InverseFactor, prune_sequentially
-from subbit.binary.groups import Grouping, rank_columns, search_salient_count, search_split
-from subbit.binary.nm import PruningScore, ScoreStatistics, Sparsity, keep_top, score_statistics
+from subbit.binary.compensate import Compensation, InverseFactor
+from subbit.binary.groups import Grouping
+from subbit.binary.nm import PruningScore, Sparsity, score_statistics
 from subbit.linears import GroupedBinaryLinear
-from subbit.methods.blockwise import BinaryBlock, Block, Metric, binarize_block, binarize_blockwise, refit_on_gram
+from subbit.methods.blockwise import Metric, binarize_blockwise, prune_and_binarize
+from subbit.methods.options import check_blocks
 
 __all__ = ["StbllmOptions", "stbllm"]
 
@@ -35,11 +35,15 @@ class StbllmOptions:
     compensation: Compensation = "exact"  # how later blocks absorb the error of a block; "diagonal" in the paper
     metric: Metric = "conditional"  # what "output" means with scales: gram
 
+    def check(self, sparsity: Sparsity) -> None:
+        """ValueError for what the types of the fields cannot say."""
+        check_blocks(self, sparsity)
+
 
 def stbllm(
     weight: Tensor, gram: Tensor, factor: InverseFactor, sparsity: Sparsity, options: StbllmOptions
 ) -> GroupedBinaryLinear:
-    """Compress one linear with STBLLM.
+    """Compress one linear with STBLLM (algorithm 1 of the paper).
 
     Unlike the authors' code, a pruned weight takes no part in the binarization and is zero afterwards.
 
@@ -52,25 +56,10 @@ def stbllm(
         options.score, weight, gram, factor.upper, options.activation_exponent, options.standardize
     )
     return binarize_blockwise(
-        weight, gram, factor.upper, sparsity, options, lambda block: stbllm_block(block, statistics, sparsity, options)
+        weight,
+        gram,
+        factor.upper,
+        sparsity,
+        options,
+        lambda block: prune_and_binarize(block, statistics, sparsity, options),
     )
-
-
-def stbllm_block(block: Block, statistics: ScoreStatistics, sparsity: Sparsity, options: StbllmOptions) -> BinaryBlock:
-    """Algorithm 1 of the paper for one block: prune N:M, salient columns, trisection search, binarize."""
-    keep = keep_top(statistics.score(block.weight, block.columns), sparsity.n, sparsity.m)
-    if options.prune_compensation:
-        weight = prune_sequentially(block.weight, keep, block.upper)
-    else:
-        weight = torch.where(keep, block.weight, 0.0)
-    diagonal = block.upper.diagonal()
-    ranking = rank_columns(weight, diagonal)
-    salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    salient[ranking[: search_salient_count(weight, keep, ranking, options.salient_columns)]] = True
-    search = weight if options.search_on == "weights" else (weight / diagonal).square()
-    thresholds = search_split(search, keep & ~salient, options.grouping, options.candidates)
-    result = binarize_block(weight, keep, salient, search, thresholds, options.grouping)
-    if options.scales == "gram":
-        solved = refit_on_gram(result, block.weight, block.metric)
-        result = BinaryBlock(keep, result.positive, result.symbol, salient, result.regions, solved)
-    return result

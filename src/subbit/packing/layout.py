@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear
+from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear, UniformLinear
 from subbit.packing.codes import CodesSpec, pack_codes
 from subbit.packing.grouped import GroupedBinarySpec, pack_grouped
 from subbit.packing.spec import LinearSpec
+from subbit.packing.uniform import UniformSpec, pack_uniform
 
-__all__ = ["CodesSpec", "GroupedBinarySpec", "LinearSpec", "pack", "read_spec"]
+__all__ = ["CodesSpec", "GroupedBinarySpec", "LinearSpec", "UniformSpec", "pack", "read_spec"]
 
-SPECS: dict[str, type[LinearSpec]] = {spec.kind: spec for spec in (GroupedBinarySpec, CodesSpec)}
+SPECS: dict[str, type[LinearSpec]] = {spec.kind: spec for spec in (GroupedBinarySpec, CodesSpec, UniformSpec)}
 
 
 def pack(linear: CompressedLinear) -> tuple[LinearSpec, dict[str, Tensor]]:
@@ -22,6 +23,8 @@ def pack(linear: CompressedLinear) -> tuple[LinearSpec, dict[str, Tensor]]:
         return pack_grouped(linear)
     if isinstance(linear, CodesLinear):
         return pack_codes(linear)
+    if isinstance(linear, UniformLinear):
+        return pack_uniform(linear)
     raise TypeError(f"{type(linear).__name__} has no packed form")
 
 
