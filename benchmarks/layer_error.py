@@ -25,12 +25,12 @@ from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
 from subbit.calibration.gram import GramCollector
 from subbit.calibration.text import calibration_windows
+from subbit.layerwise import relative_output_error
 from subbit.loading import load_any
 from subbit.methods import METHODS
 from subbit.methods.pbs2p import Pbs2pOptions
 from subbit.methods.stbllm import StbllmOptions
 from subbit.models.layout import find_layout, layer_linears
-from subbit.pipeline import relative_output_error
 
 KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")
 

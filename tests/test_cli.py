@@ -86,7 +86,7 @@ def finished(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFacto
         (["--sparsity", "half"], "sparsity 'half' is not of the form N:M"),
         (["--sparsity", "-4:8"], "is not of the form N:M"),
         (["--sparsity", ""], "is not of the form N:M"),
-        (["--method", "gptq"], "method: Input should be 'stbllm' or 'pbs2p'"),
+        (["--method", "luck"], "recipe: method: there is no method 'luck'; choose stbllm, "),
         (["--samples", "0"], "calibration.samples: Input should be greater than or equal to 1"),
         (["--seq-len", "1"], "calibration.seq_len: Input should be greater than or equal to 2"),
         (["--set", "nonsense"], "'nonsense' is not of the form field=value"),

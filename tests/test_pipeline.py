@@ -442,17 +442,17 @@ def test_one_decoder_layer_at_a_time_is_in_memory(
         layers = job.layout.layers(job.model)
         return [i for i, layer in enumerate(layers) if any(not p.is_meta for p in layer.parameters())]
 
-    from subbit import pipeline
+    from subbit import layerwise, pipeline
 
     seen: list[list[int]] = []
-    original = pipeline.compress_linear
+    original = layerwise.run_method
 
     def look(job: Job, *args: Any) -> Any:
         seen.append(real_layers(job))
         return original(job, *args)
 
     monkeypatch.setattr(pipeline, "compress_layers", watch)
-    monkeypatch.setattr(pipeline, "compress_linear", look)
+    monkeypatch.setattr(layerwise, "run_method", look)
     subbit.compress(tiny("llama-mha"), recipe_for(), tmp_path / "out")
     assert [layers for layers in seen if layers] == [[i] for i in range(3) for _ in range(7)]
     assert real_layers(jobs[0]) == []

@@ -13,7 +13,7 @@ from subbit.job import Job
 from subbit.models.layout import find_layout
 from subbit.models.source import open_source
 from subbit.models.streaming import capture_inputs
-from subbit.planning import measured_importance, plan_sparsity
+from subbit.planning import make_plan, measured_importance, plan_sparsity
 from subbit.progress import SilentProgress
 from subbit.recipe import Recipe
 
@@ -57,5 +57,5 @@ def test_planning_leaves_the_calibration_activations_alone(kind: str, tmp_path: 
     with torch.no_grad():
         hidden, calls = capture_inputs(job.model, job.layout, job.source, WINDOWS)
         before = hidden.clone()
-        plan_sparsity(job, hidden, calls)
+        plan_sparsity(job, make_plan(job), hidden, calls)
     assert torch.equal(hidden, before)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from subbit.errors import UserError
+from subbit.methods import METHODS
 
 app = typer.Typer(
     help="Compress Hugging Face language models towards one bit per weight and below, and run them.",
@@ -32,8 +33,19 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 def compress(
     model: Annotated[str, typer.Argument(help="A directory, a Hugging Face hub id, or a GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the compressed checkpoint.")],
-    method: Annotated[str | None, typer.Option(help="stbllm or pbs2p.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="N:M, N of every M weights are kept; M is 4, 8 or 16.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="N:M, N of every M weights are kept; M is 4, 8 or 16. none: all are kept.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="codes: stored bits per linear weight, everything counted, instead of N:M.")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="codes: fast (no tuning), standard or best (hours); --set changes single values.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="keep, 8bit or 4bit: how the input embedding and the head are stored.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples."),
@@ -60,6 +72,8 @@ def compress(
     given: dict[str, Any] = {
         "method": method,
         "sparsity": sparsity,
+        "bits": bits,
+        "embeddings": embeddings,
         "calibration.source": calibration,
         "calibration.samples": samples,
         "calibration.seq_len": seq_len,
@@ -70,7 +84,7 @@ def compress(
     try:
         run(
             model,
-            build_recipe(recipe, {key: value for key, value in given.items() if value is not None}, set_ or []),
+            build_recipe(recipe, {key: value for key, value in given.items() if value is not None}, set_ or [], effort),
             out,
             resume=resume,
             overwrite=overwrite,
@@ -208,13 +222,16 @@ def env(json_: Json = False) -> None:
         print(f"{key:13} {value if value is not None else 'none'}")
 
 
-def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str]) -> Any:
-    """The recipe of a file, changed by the options, changed by ``--set``."""
+def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str], effort: str | None = None) -> Any:
+    """The recipe of a file, changed by the options, changed by ``--set``; ``effort`` fills in what they leave open."""
     import yaml
 
+    from subbit.effort import with_effort
     from subbit.recipe import Recipe, parse_yaml, read_yaml
 
     values = read_yaml(file) if file else {}
+    if "bits" in given and "method" not in values:
+        given = {"method": "codes", **given}
     if "method" in given and given["method"] != values.get("method", Recipe().method):
         values = {key: value for key, value in values.items() if key not in ("options", "allocation")}
     for key, value in given.items():
@@ -227,7 +244,7 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
             assign(values, key, parse_yaml(text))
         except yaml.YAMLError as error:
             raise UserError(f"--set {assignment!r} is not YAML: {' '.join(str(error).split())}") from None
-    return Recipe.create(values)
+    return Recipe.create(with_effort(effort, values) if effort else values)
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -260,12 +277,23 @@ def add_row(table: Table, entry: dict[str, Any], kinds: str, size: int) -> None:
 def print_totals(facts: dict[str, Any]) -> None:
     """The sums, each with what it counts."""
     bits, weights, parameters = facts["bits"], facts["linear_weights"], facts["parameters"]
-    linears, others, headers = facts["linear_bytes"], facts["dense_bytes"], facts["header_bytes"]
+    linears, packed, others = facts["linear_bytes"], facts["embedding_bytes"], facts["dense_bytes"]
     print(f"{facts['method']} {facts['sparsity']}  {facts['directory']}")
     print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: N/M × (1 + share of salient columns)")
     print(f"  stored  {bits['stored']:.3f} bits  {linears:,} bytes for {weights:,} linear weights, everything counted")
     print(f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {parameters:,} parameters")
-    print(f"  files   {linears:,} linears + {others:,} embeddings, norms, biases + {headers:,} headers")
+    embeddings = facts["embeddings"]
+    all_packed = embeddings and not any("left_dense" in entry for entry in embeddings.values())
+    rest = f"{packed:,} packed embeddings + " if packed else ""
+    rest += f"{others:,} norms, biases, others" if all_packed else f"{others:,} embeddings, norms, biases"
+    print(f"  files   {linears:,} linears + {rest} + {facts['header_bytes']:,} headers")
+    for name, entry in embeddings.items():
+        if "left_dense" in entry:
+            print(f"  left dense: {name} ({entry['left_dense']})")
+        elif "tied_to" in entry:
+            print(f"  {name}: the matrix of {entry['tied_to']}")
+        else:
+            print(f"  {name}: {entry['label']}, {entry['stored']:.3f} stored, {entry['bytes']:,} bytes")
     for name, reason in facts["left_dense"].items():
         print(f"  left dense: {name} ({reason})")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subbit.errors import UserError
 from subbit.models.layout import ModelLayout, layer_linears
 from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, materialize, run_layer
@@ -43,9 +44,35 @@ class Job:
         prefix = self.layout.layer_name(index)
         return {f"{prefix}.{name}": linear for name, linear in layer_linears(self.layer(index)).items()}
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the dense model has to be run beside the compressed one."""
+        return bool(self.recipe.reconstruction.steps or self.recipe.distillation.steps)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """A tensor that is not compressed, as the checkpoint holds it: on the CPU, in its dtype (GGUF: float16)."""
+        return tensor.detach().to("cpu", torch.float16 if self.source.gguf_file else self.source.dtype)
+
     def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
         """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, a sample at a time."""
         output = torch.empty_like(hidden)
         for number, sample in enumerate(hidden):
             output[number] = run_layer(self.layer(index), call, sample[None].to(self.device))[0].cpu()
         return output
+
+    def read_others(self, prefix: str, done: set[str]) -> dict[str, Tensor]:
+        """Stored tensors under ``prefix`` except ``done``, in the dtype of the checkpoint (float16 for GGUF)."""
+        tensors = {
+            name: self.source.tensor(name) for name in self.source.names if name.startswith(prefix) and name not in done
+        }
+        if self.source.gguf_file is not None:
+            tensors = {
+                name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            }
+        for name, tensor in tensors.items():
+            finite = not tensor.is_floating_point() or all(bool(end.isfinite()) for end in tensor.aminmax())
+            if tensor.numel() and not finite:
+                raise UserError(
+                    f"tensor {name} in {self.source.directory} holds NaN or infinity; download the model again"
+                )
+        return tensors

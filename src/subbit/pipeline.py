@@ -9,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from subbit.binary.compensate import InverseFactor, inverse_factor
-from subbit.binary.nm import Sparsity
-from subbit.calibration.gram import GramCollector
 from subbit.calibration.text import calibration_windows, check_context
 from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
+from subbit.distillation import distill_model
+from subbit.embeddings import pack_rest, plan_embeddings, quantized_source
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.methods import METHODS
+from subbit.layerwise import compress_layer
 from subbit.models.layout import find_layout
 from subbit.models.source import ModelSource, open_source
 from subbit.models.streaming import LayerCall, capture_inputs, release
-from subbit.packing.layout import LinearSpec, pack
-from subbit.planning import check_overrides, plan_sparsity
+from subbit.planning import make_plan, plan_sparsity
 from subbit.progress import Progress, SilentProgress
 from subbit.recipe import Recipe
 
@@ -70,26 +68,35 @@ def compress(
         writer.tidy()
         progress.line(f"{out} is already complete")
         return open_checkpoint(out)
+    embeddings = plan_embeddings(job)
     with torch.no_grad():
         read_rest(job)  # NaN in there must stop the run now, not after the last layer
         if writer.state:
             windows, hidden = writer.restore()
-            calls = capture_inputs(skeleton, job.layout, source, windows[:1], device=job.device)[1]
+            # at least two windows, for calls that differ between them to be noticed
+            calls = capture_inputs(skeleton, job.layout, source, windows[:2], device=job.device)[1]
             progress.line(f"resuming: {writer.layers_done} of {job.layout.num_layers} layers are done")
         else:
-            check_overrides(job)
+            plan = make_plan(job, may_be_empty=bool(embeddings.specs))
             check_context(skeleton, recipe.calibration.seq_len)
             windows, origin = collect_windows(job, tokenizer)
             check_space(Path(out), estimate_bytes(source, windows))
             with progress.stage("embedding") as report:
-                hidden, calls = capture_inputs(
-                    skeleton, job.layout, source, windows, device=job.device, progress=report
+                student, calls = capture_inputs(
+                    skeleton, job.layout, quantized_source(job, embeddings), windows, device=job.device, progress=report
                 )
-            sparsities, dense = plan_sparsity(job, hidden, calls)
-            writer.begin({"calibration": origin, "sparsities": sparsities, "left_dense": dense}, windows, hidden)
+            hidden = {"student": student}
+            if job.needs_teacher:
+                hidden["teacher"] = capture_inputs(skeleton, job.layout, source, windows, device=job.device)[0]
+            sparsities, dense = plan_sparsity(job, plan, student, calls)
+            planned = {"sparsities": sparsities, "left_dense": dense, "embeddings": embeddings.to_dict()}
+            writer.begin({"calibration": origin, **planned}, windows, hidden)
             writer.log("start", model=str(model), calibration=origin, device=str(job.device))
         compress_layers(job, writer, hidden, calls)
-    writer.finish(read_rest(job), lambda directory: save_extras(job, writer, tokenizer, directory))
+        if recipe.distillation.steps and "distillation" not in writer.state:
+            distill_model(job, quantized_source(job, embeddings), writer, windows, hidden["teacher"], calls)
+    rest = pack_rest(job, embeddings, read_rest(job))
+    writer.finish(rest, lambda directory: save_extras(job, writer, tokenizer, directory))
     writer.log("finished")
     return open_checkpoint(out)
 
@@ -146,129 +153,50 @@ def estimate_bytes(source: ModelSource, windows: Tensor) -> int:
 # ---- one decoder layer after the other -------------------------------------------------------------------------------
 
 
-def compress_layers(job: Job, writer: CheckpointWriter, hidden: Tensor, calls: list[LayerCall]) -> None:
-    """Compress, pack and write every layer that is not done yet."""
+def compress_layers(job: Job, writer: CheckpointWriter, hidden: dict[str, Tensor], calls: list[LayerCall]) -> None:
+    """Compress, pack and write every layer that is not done yet; ``hidden`` goes through the layers with them."""
     total = job.layout.num_layers
     with job.progress.stage("decoder layers") as report:
         for index in range(writer.layers_done, total):
             report(index, total)
             started = time.monotonic()
             layer = job.materialize(index)
-            tensors, linears = compress_layer(job, writer, index, hidden, calls[index])
-            hidden = job.run(index, calls[index], hidden)
+            if "teacher" in hidden:
+                hidden["teacher"] = job.run(index, calls[index], hidden["teacher"])
+            tensors, facts = compress_layer(job, writer, index, hidden, calls[index])
+            hidden["student"] = job.run(index, calls[index], hidden["student"])
             release(layer)
-            if not bool(hidden.isfinite().all()):
+            if not bool(hidden["student"].isfinite().all()):
                 raise UserError(f"the output of {job.layout.layer_name(index)} is not finite; check the source model")
-            writer.write_layer(tensors, {"linears": linears}, hidden)
+            writer.write_layer(tensors, facts, hidden)
             writer.log("layer", index=index, seconds=round(time.monotonic() - started, 2))
-            job.progress.line(layer_line(index, total, linears, time.monotonic() - started))
+            job.progress.line(layer_line(index, total, facts, time.monotonic() - started))
 
 
-def layer_line(index: int, total: int, linears: dict[str, dict[str, Any]], seconds: float) -> str:
+def layer_line(index: int, total: int, facts: dict[str, Any], seconds: float) -> str:
     """What the user reads when a layer is done."""
+    linears = facts["linears"]
     if not linears:
         return f"layer {index + 1}/{total}: all dense"
     weights = sum(linear["weights"] for linear in linears.values())
     error = sum(linear["error"] for linear in linears.values()) / len(linears)
     bits = 8 * sum(linear["bytes"] for linear in linears.values()) / weights
-    kinds = ", ".join(dict.fromkeys(linear["sparsity"] for linear in linears.values()))
-    return f"layer {index + 1}/{total}: {kinds}, output error {error:.4f}, {bits:.3f} stored bits, {seconds:.1f} s"
-
-
-def compress_layer(
-    job: Job, writer: CheckpointWriter, index: int, hidden: Tensor, call: LayerCall
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Compress all linears of a materialized layer, in place: it then holds the compressed weights.
-
-    Returns:
-        The tensors of the layer's shard by full name, and what the manifest says of each linear: its spec, N:M,
-        bytes, relative output error and the damping that its Gram took.
-    """
-    planned: dict[str, str] = writer.state["sparsities"]
-    linears = {name: linear for name, linear in job.linears(index).items() if name in planned}
-    with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
-        job.run(index, call, hidden)
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for leader, names in grams.shared().items():
-        gram = grams.gram(leader)
-        factor = inverse_factor(gram, job.recipe.options.damping)
-        for name in names:
-            started = time.monotonic()
-            spec, packed, error = compress_linear(job, name, linears[name], gram, factor, planned[name])
-            tensors.update({f"{name}.{key}": value for key, value in packed.items()})
-            facts[name] = {
-                "spec": spec.to_dict(),
-                "sparsity": planned[name],
-                "weights": spec.out_features * spec.in_features,
-                "bytes": sum(value.numel() * value.element_size() for value in packed.values()),
-                "error": error,
-                "damping": factor.damping,
-            }
-            seconds = round(time.monotonic() - started, 3)
-            writer.log("linear", name=name, tokens=grams.tokens(leader), seconds=seconds, **facts[name])
-            warn_about(job, name, factor, grams.tokens(leader))
-    tensors.update(read_others(job.source, f"{job.layout.layer_name(index)}.", {f"{name}.weight" for name in facts}))
-    return tensors, {name: facts[name] for name in linears if name in facts}
-
-
-def warn_about(job: Job, name: str, factor: InverseFactor, tokens: int) -> None:
-    """Say what the user should know about the statistics of a linear."""
-    if factor.damping > job.recipe.options.damping:
-        job.progress.line(f"{name}: the Gram is ill-conditioned, damping raised to {factor.damping:g}")
-    if tokens == 0:
-        job.progress.line(f"{name}: no calibration token reached it, so all its inputs count alike")
-
-
-def compress_linear(
-    job: Job, name: str, linear: nn.Linear, gram: Tensor, factor: InverseFactor, sparsity: str
-) -> tuple[LinearSpec, dict[str, Tensor], float]:
-    """Compress one linear in place; returns its spec, its packed tensors (CPU) and its relative output error."""
-    weight = linear.weight.detach().clone()
-    n, m = map(int, sparsity.split(":"))
-    method = METHODS[job.recipe.method]
-    result = method.run(weight, gram, factor, Sparsity(n, m), job.recipe.options)
-    dense = result.dense()
-    if not bool(result.scales.isfinite().all()):
-        raise UserError(f"{name}: its scales do not fit in float16; the weights are too large for this format")
-    spec, packed = pack(result)
-    check_exact(name, dense, spec, packed)
-    linear.weight.copy_(dense)
-    return spec, {key: value.cpu() for key, value in packed.items()}, relative_output_error(weight, dense, gram)
-
-
-def check_exact(name: str, dense: Tensor, spec: LinearSpec, packed: dict[str, Tensor]) -> None:
-    """The packed form must decode to exactly what the method returned; anything else is a defect of ours."""
-    if not torch.equal(spec.decode_rows(packed), dense):
-        raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
-
-
-def relative_output_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): the squared output error of a linear on the calibration text."""
-    lost = weight - dense
-    total = float(((weight @ gram) * weight).sum())
-    return float(((lost @ gram) * lost).sum()) / total if total > 0 else 0.0
+    kinds = ", ".join(dict.fromkeys(linear["label"] for linear in linears.values()))
+    tuned = ""
+    if "reconstruction" in facts:
+        tuned = ", tuned {before:.4f} → {after:.4f}".format(**facts["reconstruction"])
+    return (
+        f"layer {index + 1}/{total}: {kinds}, output error {error:.4f}{tuned}, {bits:.3f} stored bits, {seconds:.1f} s"
+    )
 
 
 # ---- what is not compressed ------------------------------------------------------------------------------------------
 
 
-def read_others(source: ModelSource, prefix: str, done: set[str]) -> dict[str, Tensor]:
-    """Stored tensors under ``prefix`` except ``done``, in the dtype of the checkpoint (float16 for GGUF)."""
-    tensors = {name: source.tensor(name) for name in source.names if name.startswith(prefix) and name not in done}
-    if source.gguf_file is not None:
-        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        finite = not tensor.is_floating_point() or all(bool(end.isfinite()) for end in tensor.aminmax())
-        if tensor.numel() and not finite:
-            raise UserError(f"tensor {name} in {source.directory} holds NaN or infinity; download the model again")
-    return tensors
-
-
 def read_rest(job: Job) -> dict[str, Tensor]:
     """All that is in no decoder layer: embeddings, final norm, head."""
     inside = {name for name in job.source.names if name.startswith(job.layout.layers_prefix + ".")}
-    return read_others(job.source, "", inside)
+    return job.read_others("", inside)
 
 
 def save_extras(job: Job, writer: CheckpointWriter, tokenizer: Any, directory: Path) -> None:
@@ -295,9 +223,10 @@ def quantization_config(job: Job, writer: CheckpointWriter) -> dict[str, Any]:
         "quant_method": "subbit",
         "format_version": FORMAT_VERSION,
         "method": job.recipe.method,
-        "sparsity": job.recipe.sparsity,
+        "sparsity": job.recipe.sparsity if job.recipe.bits is None else f"{job.recipe.bits:g} bits",
         "linears": {
             name: linear["spec"] for layer in writer.state["layers"] for name, linear in layer["linears"].items()
         },
         "left_dense": writer.state["left_dense"],
+        "embeddings": writer.state["embeddings"],
     }

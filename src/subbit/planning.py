@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
 from subbit.binary.nm import Sparsity
+from subbit.budget import Choice, plan_budget, stored_bytes
 from subbit.calibration.gram import GramCollector
 from subbit.errors import UserError
 from subbit.job import Job
@@ -15,43 +17,89 @@ from subbit.models.layout import fused_groups, uncompressed_matrices
 from subbit.models.streaming import LayerCall, release
 from subbit.recipe import Recipe
 
-__all__ = ["check_overrides", "plan_sparsity"]
+__all__ = ["Plan", "make_plan", "plan_sparsity"]
 
 
-def plan_sparsity(job: Job, hidden: Tensor, calls: list[LayerCall]) -> tuple[dict[str, str], dict[str, str]]:
+@dataclass
+class Plan:
+    """What is decided for every linear before anything is measured."""
+
+    sparsities: dict[str, str]  # by overrides
+    left_dense: dict[str, str]  # parameter or linear → why
+    free: dict[str, int]  # linears that the allocator decides on → weights
+
+
+def plan_sparsity(
+    job: Job, plan: Plan, hidden: Tensor, calls: list[LayerCall]
+) -> tuple[dict[str, str], dict[str, str]]:
     """N:M of every linear by full name, and why the others stay dense.
 
     Args:
         hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; not changed.
         calls: what each decoder layer is given besides.
     """
+    sparsities = dict(plan.sparsities)
+    if job.recipe.bits is None or not plan.free:
+        sparsities.update(allocate_linears(job, plan.free, Sparsity.parse(job.recipe.sparsity), hidden, calls))
+    else:
+        choice = Choice.of(job, plan.free, fixed_bytes(job, plan))
+        sparsities.update(plan_budget(job, choice, hidden[: job.recipe.allocation.samples], calls))
+    for name, reason in plan.left_dense.items():
+        job.progress.line(f"left dense: {name} ({reason})")
+    return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, plan.left_dense
+
+
+def make_plan(job: Job, may_be_empty: bool = False) -> Plan:
+    """Overrides, what cannot be compressed, and what is left for the allocator.
+
+    Args:
+        may_be_empty: leaving every linear dense is no mistake, since something else is compressed.
+
+    Raises:
+        UserError: an override that no linear matches, nothing to compress, or a budget out of reach.
+    """
+    check_overrides(job)
     target = Sparsity.parse(job.recipe.sparsity)
-    sparsities: dict[str, str] = {}
-    left_dense: dict[str, str] = {}
-    free: dict[str, int] = {}  # linears that the allocator decides on → weights
+    plan = Plan({}, {}, {})
     for index in range(job.layout.num_layers):
         for name, linear in job.linears(index).items():
             wish = job.recipe.sparsity_of(name)
-            m = wish.m if isinstance(wish, Sparsity) else target.m
+            m = wish.m if isinstance(wish, Sparsity) else smallest_group(job, target)
             if wish == "dense":
-                left_dense[name] = "the recipe says so"
+                plan.left_dense[name] = "the recipe says so"
             elif linear.in_features % m:
-                left_dense[name] = f"in_features {linear.in_features} is not a multiple of M = {m}"
+                plan.left_dense[name] = f"in_features {linear.in_features} is not a multiple of M = {m}"
             elif isinstance(wish, Sparsity):
-                sparsities[name] = str(wish)
+                plan.sparsities[name] = str(wish)
             else:
-                free[name] = linear.weight.numel()
+                plan.free[name] = linear.weight.numel()
         for local, shape in uncompressed_matrices(job.layer(index)).items():
             reason = f"a parameter of shape {list(shape)}, not a linear"
-            left_dense[f"{job.layout.layer_name(index)}.{local}"] = reason
-    if not free and not sparsities:
+            plan.left_dense[f"{job.layout.layer_name(index)}.{local}"] = reason
+    if not plan.free and not plan.sparsities and not may_be_empty:
         raise UserError(
             f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
         )
-    sparsities.update(allocate_linears(job, free, target, hidden, calls))
-    for name, reason in left_dense.items():
-        job.progress.line(f"left dense: {name} ({reason})")
-    return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, left_dense
+    if job.recipe.bits is not None and plan.free:
+        Choice.of(job, plan.free, fixed_bytes(job, plan))
+    return plan
+
+
+def smallest_group(job: Job, target: Sparsity) -> int:
+    """What in_features must be a multiple of: M, or with a budget the smallest M that it may choose."""
+    return target.m if job.recipe.bits is None else 4
+
+
+def fixed_bytes(job: Job, plan: Plan) -> dict[str, int]:
+    """Bytes of the linears that a budget does not decide on, by name: those of overrides, and those left dense."""
+    fixed = {}
+    for index in range(job.layout.num_layers):
+        for name, linear in job.linears(index).items():
+            if name in plan.sparsities:
+                fixed[name] = stored_bytes(linear.weight.shape, plan.sparsities[name], job.recipe.options)
+            elif name in plan.left_dense:
+                fixed[name] = linear.weight.numel() * job.source.dtype.itemsize
+    return fixed
 
 
 def linear_names(job: Job) -> list[str]:
@@ -64,7 +112,8 @@ def check_overrides(job: Job) -> None:
     names = linear_names(job)
     for pattern in job.recipe.overrides:
         if not any(Recipe.matches(pattern, name) for name in names):
-            raise UserError(f"recipe: overrides: {pattern!r} matches no linear of the model, which has {names[0]}, …")
+            there = f"which has {names[0]}, …" if names else "which has none"
+            raise UserError(f"recipe: overrides: {pattern!r} matches no linear of the model, {there}")
 
 
 def allocate_linears(
@@ -72,7 +121,7 @@ def allocate_linears(
 ) -> dict[str, str]:
     """N:M of the linears that no override decides."""
     allocation = job.recipe.allocation
-    if allocation.kind == "uniform" or not free:
+    if allocation.kind == "uniform" or target.dense or not free:  # dense: there is nothing to spread
         return {name: str(target) for name in free}
     units = allocation_units(job, free)
     sizes = [sum(free[name] for name in unit) for unit in units]

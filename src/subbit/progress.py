@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-__all__ = ["ConsoleProgress", "Progress", "SilentProgress"]
+__all__ = ["ConsoleProgress", "Progress", "Report", "SilentProgress"]
+
+Report = Callable[[int, int], None]  # (done, total)
 
 
 class Progress(Protocol):
@@ -19,7 +21,7 @@ class Progress(Protocol):
     def line(self, text: str) -> None:
         """Say something that stays on the screen."""
 
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    def stage(self, name: str) -> AbstractContextManager[Report]:
         """A context manager that yields ``report(done, total)``."""
 
 
@@ -30,7 +32,7 @@ class SilentProgress:
         """Nothing."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, name: str) -> Iterator[Report]:
         """Nothing."""
         yield lambda done, total: None
 
@@ -57,7 +59,7 @@ class ConsoleProgress:
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, name: str) -> Iterator[Report]:
         """A bar; stages nest."""
         if not self._bar.tasks:
             self._bar.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +48,31 @@ class Allocation(Section):
     samples: int = Field(default=8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
 
 
+class Reconstruction(Section):
+    """Tuning every decoder layer against the dense one, as soon as its linears are compressed."""
+
+    steps: int = Field(default=0, ge=0)  # of the optimizer, for every decoder layer; 0: off
+    batch: int = Field(default=4, ge=1)  # calibration windows a step
+    latent_rate: float = Field(default=1e-2, ge=0)  # learning rates; latents: signs and positions, codes only
+    scale_rate: float = Field(default=2e-3, ge=0)
+    norm_rate: float = Field(default=1e-3, ge=0)
+    token_exponent: float = Field(
+        default=1.5, ge=0, le=2
+    )  # what a token's error counts, (its size / the median)^this: 0 all tokens alike, 2 mean square
+
+
+class Distillation(Section):
+    """Tuning the whole model at the end, by KL divergence to the dense one's next-token distribution."""
+
+    steps: int = Field(default=0, ge=0)  # of the optimizer; 0: off
+    batch: int = Field(default=4, ge=1)  # calibration windows a step
+    latent_rate: float = Field(default=5e-3, ge=0)
+    scale_rate: float = Field(default=1e-3, ge=0)
+    norm_rate: float = Field(default=1e-3, ge=0)
+    held_out: int = Field(default=2, ge=0)  # calibration windows that are only measured
+    checkpoint_activations: bool = False  # half the speed, and activations of one decoder layer in memory
+
+
 class Override(Section):
     """What one or more linears get instead: another N:M, or ``dense: true`` to leave them as they are."""
 
@@ -71,21 +95,36 @@ class Recipe(Section):
         UserError: from :meth:`create`, :meth:`from_yaml`; pydantic's ValidationError from the constructor.
     """
 
-    method: Literal["stbllm", "pbs2p"] = "pbs2p"
-    sparsity: str = "4:8"  # N of every M consecutive weights are kept
-    options: Any = None  # of the method: StbllmOptions or Pbs2pOptions, or a mapping of some of their fields
+    method: str = "pbs2p"  # one of METHODS
+    bits: float | None = Field(default=None, gt=0)  # codes: stored bits a linear weight, instead of a sparsity
+    sparsity: str = "4:8"  # N of every M consecutive weights are kept, or none: all are; the default is the method's
+    options: Any = None  # of the method: StbllmOptions, Pbs2pOptions, …, or a mapping of some of their fields
     allocation: Allocation = Allocation()
     calibration: Calibration = Calibration()
+    reconstruction: Reconstruction = Reconstruction()
+    distillation: Distillation = Distillation()
+    embeddings: Literal["keep", "8bit", "4bit"] = "keep"  # how the input embedding and the head are stored
     overrides: dict[str, Override] = {}  # linear name, or re:PATTERN, → what it gets; the first match counts
 
     @model_validator(mode="before")
     @classmethod
-    def _allocation_of_the_method(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _defaults_of_the_method(cls, values: dict[str, Any]) -> dict[str, Any]:
         method = METHODS.get(str(values.get("method", "pbs2p")))
+        if method is None:
+            return values
+        values = {"sparsity": method.default_sparsity, **values}
         allocation = values.get("allocation", {})
-        if method and isinstance(allocation, dict):
-            values = {**values, "allocation": {"kind": method.allocation, **allocation}}
+        if isinstance(allocation, dict):
+            kind = method.allocation if values.get("bits") is None else "budget"
+            values["allocation"] = {"kind": kind, **allocation}
         return values
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"there is no method {value!r}; choose {', '.join(METHODS)}")
+        return value
 
     @field_validator("sparsity")
     @classmethod
@@ -112,10 +151,17 @@ class Recipe(Section):
                 known = ", ".join(field.name for field in dataclasses.fields(kind))
                 raise ValueError(f"method {self.method} has no option {unknown[0]!r}; it has {known}")
         object.__setattr__(self, "options", TypeAdapter(kind).validate_python(given))
-        check_options(self.options, Sparsity.parse(self.sparsity))
+        self.options.check(Sparsity.parse(self.sparsity))
+        if (self.bits is None) != (self.allocation.kind != "budget"):
+            raise ValueError("bits and allocation.kind: budget go together")
+        if self.bits is not None and self.method != "codes":
+            raise ValueError(f"bits, a budget, is for method codes, not {self.method}; give a sparsity")
+        tunes = self.reconstruction.steps or self.distillation.steps
+        if tunes and not METHODS[self.method].tunable:
+            raise ValueError(f"what {self.method} writes cannot be tuned; leave reconstruction and distillation out")
         for override in self.overrides.values():
             if override.sparsity is not None:
-                check_options(self.options, Sparsity.parse(override.sparsity))
+                self.options.check(Sparsity.parse(override.sparsity))
         return self
 
     def sparsity_of(self, name: str) -> Sparsity | Literal["dense"] | None:
@@ -184,13 +230,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"the recipe {path} must be a mapping of fields, for example 'method: pbs2p'")
     return values
-
-
-def check_options(options: Any, sparsity: Sparsity) -> None:
-    """Limits that the types of the options cannot say; ValueError."""
-    if options.block_size < sparsity.m or options.block_size % sparsity.m:
-        raise ValueError(f"block_size {options.block_size} must be a multiple of M = {sparsity.m}")
-    if not 0 < options.damping < math.inf:
-        raise ValueError(f"damping {options.damping} must be positive and finite")
-    if options.candidates < 1 or options.salient_columns < 0:
-        raise ValueError("candidates must be at least 1 and salient_columns at least 0")

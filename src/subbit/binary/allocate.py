@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["AllocationKind", "allocate", "cosine_importance", "outlier_share", "spread_importance"]
+__all__ = ["AllocationKind", "allocate", "allocate_bytes", "cosine_importance", "outlier_share", "spread_importance"]
 
-AllocationKind = Literal["uniform", "sine", "l2", "outliers", "cosine"]
+AllocationKind = Literal["uniform", "sine", "l2", "outliers", "cosine", "budget"]
 
 SMALLEST_COSINE = 1e-2  # a layer that turns its input around counts as a hundred times the average, not as infinite
 
@@ -61,3 +61,38 @@ def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> 
         if not movable:
             return numbers
         numbers[max(movable, key=lambda i: (step * (desired[i] - numbers[i]), -i))] += step
+
+
+def allocate_bytes(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Which format every unit gets, so that the errors add up to little and the bytes to at most ``budget``.
+
+    Starting from the smallest formats, the step with the largest gain for its bytes is taken as long as one fits; a
+    step may skip formats that gain less for theirs. Ties go to the earlier unit.
+
+    Args:
+        errors: of every unit in each of its formats.
+        sizes: bytes, likewise; the first format of a unit is its smallest.
+        budget: bytes of all units together.
+
+    Returns:
+        The number of the format of every unit.
+
+    Raises:
+        ValueError: even the smallest formats take more than ``budget``.
+    """
+    chosen = [0] * len(errors)
+    left = budget - sum(unit[0] for unit in sizes)
+    if left < 0:
+        raise ValueError(f"the smallest formats take {budget - left} bytes, more than {budget}")
+    while True:
+        best: tuple[float, int, int] | None = None
+        for unit, now in enumerate(chosen):
+            for step in range(len(errors[unit])):
+                more, gain = sizes[unit][step] - sizes[unit][now], errors[unit][now] - errors[unit][step]
+                if 0 < more <= left and gain > 0 and (best is None or gain / more > best[0]):
+                    best = (gain / more, unit, step)
+        if best is None:
+            return chosen
+        _, unit, step = best
+        left -= sizes[unit][step] - sizes[unit][chosen[unit]]
+        chosen[unit] = step

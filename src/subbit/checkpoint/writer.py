@@ -10,6 +10,7 @@ is finished, whatever else of ``.subbit/`` is still there.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -104,14 +105,18 @@ class CheckpointWriter:
         """Decoder layers that need no more work."""
         return len(self.state.get("layers", []))
 
-    def begin(self, plan: dict[str, Any], windows: Tensor, hidden: Tensor) -> None:
-        """Start a new run: ``plan`` is kept in the state, ``windows`` and ``hidden`` (of layer 0) in files."""
+    def begin(self, plan: dict[str, Any], windows: Tensor, hidden: dict[str, Tensor]) -> None:
+        """Start a new run: ``plan`` is kept in the state, ``windows`` and ``hidden`` (of layer 0) in files.
+
+        Args:
+            hidden: hidden states by the model they belong to, such as "student" and "teacher".
+        """
         with disk_errors(self.directory):
             self._work.mkdir(parents=True, exist_ok=True)
             if self._clear:
                 self._remove_earlier()
         write_tensors(self._work / "windows.safetensors", {"windows": windows})
-        write_tensors(self._hidden_file(0), {"hidden": hidden})
+        write_tensors(self._hidden_file(0), hidden)
         self.state = {"recipe": self._recipe.to_dict(), "model": self._model, **plan, "layers": []}
         self._write_state()
 
@@ -126,31 +131,76 @@ class CheckpointWriter:
             else:
                 path.unlink()
 
-    def restore(self) -> tuple[Tensor, Tensor]:
+    def restore(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The calibration windows and the hidden states that enter the next layer; checks the finished shards.
 
         Raises:
             UserError: something of the unfinished run is damaged.
         """
+        if self.state.get("staged"):
+            self._move_staged()
         for layer in self.state["layers"]:
             path = self.directory / layer["file"]
             if not path.exists() or path.stat().st_size != layer["bytes"] or sha256(path) != layer["sha256"]:
                 raise UserError(f"cannot resume: {path} is missing or altered; use --overwrite to start again")
         try:
             windows = load_file(self._work / "windows.safetensors")["windows"]
-            return windows, load_file(self._hidden_file(self.layers_done))["hidden"]
+            return windows, load_file(self._hidden_file(self.layers_done))
         except (OSError, SafetensorError, KeyError):
             raise UserError(f"cannot resume: {self._work} is damaged; use --overwrite to start again") from None
 
-    def write_layer(self, tensors: dict[str, Tensor], facts: dict[str, Any], hidden: Tensor) -> None:
+    def write_layer(self, tensors: dict[str, Tensor], facts: dict[str, Any], hidden: dict[str, Tensor]) -> None:
         """Keep a finished layer: its shard, what the manifest says of it, and the hidden states that leave it."""
         index = self.layers_done
         file = f"model-layer-{index:05d}.safetensors"
         write_tensors(self.directory / file, tensors)
-        write_tensors(self._hidden_file(index + 1), {"hidden": hidden})
+        write_tensors(self._hidden_file(index + 1), hidden)
         self.state["layers"].append({**self._file_facts(file), **facts})
         self._write_state()
         self._hidden_file(index).unlink(missing_ok=True)
+
+    def stage_layer(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Write another version of a finished shard beside it; returns its file facts for :meth:`commit_staged`."""
+        file: str = self.state["layers"][index]["file"]
+        write_tensors(self._work / file, tensors)
+        return self._file_facts(file, self._work)
+
+    def commit_staged(self, layers: list[dict[str, Any]], **facts: Any) -> None:
+        """Put all staged shards into their places at once: a run that is killed in between goes on with that.
+
+        Args:
+            layers: what the manifest says of every layer from now on.
+            facts: kept in the state.
+        """
+        self.state.update(facts, layers=layers, staged=True)
+        self._write_state()
+        self._move_staged()
+
+    def _move_staged(self) -> None:
+        with disk_errors(self.directory):
+            for layer in self.state["layers"]:
+                if (self._work / layer["file"]).exists():
+                    os.replace(self._work / layer["file"], self.directory / layer["file"])
+        del self.state["staged"]
+        self._write_state()
+
+    def save_work(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors of an unfinished stage, atomically; :meth:`load_work` reads them after a resume."""
+        write_tensors(self._work / f"{name}.safetensors", tensors)
+
+    def load_work(self, name: str) -> dict[str, Tensor] | None:
+        """What :meth:`save_work` kept; None when there is nothing.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self._work / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            raise UserError(f"cannot resume: {path} is damaged; delete it to repeat that stage") from None
 
     def finish(self, rest: dict[str, Tensor], save_extras: Any) -> None:
         """Write what is not a decoder layer, the index, the recipe, the manifest and last the config.
@@ -195,8 +245,8 @@ class CheckpointWriter:
         with disk_errors(self.directory), (self.directory / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n")
 
-    def _file_facts(self, file: str) -> dict[str, Any]:
-        path = self.directory / file
+    def _file_facts(self, file: str, folder: Path | None = None) -> dict[str, Any]:
+        path = (folder or self.directory) / file
         return {"file": file, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
     def _hidden_file(self, index: int) -> Path:
@@ -209,6 +259,7 @@ class CheckpointWriter:
 def read_state(path: Path) -> dict[str, Any]:
     """The state of a run, from state.json or from the manifest of a finished one; UserError when it is damaged."""
     kinds = {"recipe": dict, "model": str, "calibration": str, "sparsities": dict, "left_dense": dict, "layers": list}
+    kinds["embeddings"] = dict
     try:
         state = read_json(path)
         good = all(isinstance(state.get(field), kind) for field, kind in kinds.items())

@@ -25,7 +25,7 @@ from subbit.errors import UserError
 from subbit.models.layout import ModelLayout
 from subbit.models.source import ModelSource
 
-__all__ = ["LayerCall", "capture_inputs", "materialize", "release", "run_head", "run_layer"]
+__all__ = ["LayerCall", "capture_inputs", "materialize", "outside_on_demand", "release", "run_head", "run_layer"]
 
 
 # ---- tensors in and out ----------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 @contextmanager
-def _outside_on_demand(
+def outside_on_demand(
     model: PreTrainedModel, layout: ModelLayout, source: ModelSource, device: torch.device | str
 ) -> Iterator[None]:
     """Fill the modules outside the decoder layers the moment they run, and release these again at the end."""
@@ -236,7 +236,7 @@ def capture_inputs(
     samples = windows.shape[0]
     hidden: list[Tensor] = []
     calls: list[LayerCall] = []
-    with _outside_on_demand(model, layout, source, device):
+    with outside_on_demand(model, layout, source, device):
         for index in range(samples):
             # The second window is recorded in full as well: calls that depend on the tokens cannot be shared.
             depth = layout.num_layers if index < 2 else 1
@@ -270,11 +270,13 @@ def run_head(
     hidden: Tensor,
     *,
     device: torch.device | str = "cpu",
+    gradient: bool = False,
 ) -> Tensor:
     """Logits [batch, seq_len, vocab] on `device` from the output of the last decoder layer [batch, seq_len, hidden].
 
     The model's own forward runs with its layers replaced, so that final norm, projections and soft-capping are its own.
-    Modules that are on meta are filled for the call: materialize the head beforehand to call this repeatedly.
+    Modules that are on meta are filled for the call: to call this repeatedly, do so inside `outside_on_demand`.
+    `gradient`: keep the graph from `hidden` to the logits.
     """
     hidden = hidden.to(device)
     window = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
@@ -289,13 +291,13 @@ def run_head(
                 return passed
             return (hidden,) if as_tuple else hidden
 
-        with _stand_ins(layout.layers(model), stand_in), torch.no_grad():
+        with _stand_ins(layout.layers(model), stand_in), torch.set_grad_enabled(gradient):
             logits: Tensor = model(input_ids=window, use_cache=False).logits
         if logits.shape[:-1] != hidden.shape[:-1]:
             raise _WantsTuples
         return logits
 
-    with _outside_on_demand(model, layout, source, device):
+    with outside_on_demand(model, layout, source, device):
         try:
             logits = attempt(as_tuple=False)
         except _WantsTuples:

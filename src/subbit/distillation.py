@@ -1,0 +1,154 @@
+"""The last stage of a run that asks for it: tune the whole model against the dense one, and write its layers again."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from subbit.checkpoint.writer import CheckpointWriter
+from subbit.job import Job
+from subbit.layerwise import check_exact, install
+from subbit.models.source import ModelSource
+from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
+from subbit.packing.layout import pack, read_spec
+from subbit.progress import Report
+from subbit.tuning.distill import Student, distill, optimizer_tensors
+from subbit.tuning.optimizer import Rates, tuned_norms
+from subbit.tuning.tunable import Tunable, make_tunable
+
+__all__ = ["distill_model"]
+
+SAVE_SECONDS = 300.0  # between two saved states: at most so much work is lost
+
+
+def distill_model(
+    job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tensor, teacher: Tensor, calls: list[LayerCall]
+) -> None:
+    """Tune scales, norms and latents of all layers, then write all shards again. Goes on where a killed run was.
+
+    Args:
+        source: the model with the embedding that the compressed one will have.
+        teacher: (samples, seq_len, hidden) float32, what leaves the last decoder layer of the dense model.
+    """
+    settings = job.recipe.distillation
+    embedded = capture_inputs(job.model, job.layout, source, windows, device=job.device)[0]
+    layers = [load_layer(job, writer, index) for index in range(job.layout.num_layers)]
+    with ExitStack() as stack:
+        stack.enter_context(outside_on_demand(job.model, job.layout, source, job.device))
+        for layer in layers:
+            stack.callback(release, layer)
+        student = Student(
+            layers,
+            calls,
+            lambda hidden: run_head(job.model, job.layout, source, hidden, device=job.device, gradient=True),
+            settings.checkpoint_activations,
+        )
+        saved = writer.load_work("distillation") or {}
+        start = int(saved["step"]) if "step" in saved else 0
+        if start:
+            restore_layers(layers, saved)
+            job.progress.line(f"resuming: {start} of {settings.steps} steps of distillation are done")
+        with job.progress.stage("distillation") as report:
+            keeper = Keeper(job, writer, layers, report)
+            before, after = distill(
+                student,
+                embedded,
+                teacher,
+                steps=settings.steps,
+                batch=settings.batch,
+                held_out=min(settings.held_out, len(windows) - 1),
+                rates=Rates(settings.latent_rate, settings.scale_rate, settings.norm_rate),
+                seed=job.recipe.calibration.seed,
+                device=job.device,
+                start=start,
+                optimizer_state={
+                    k.removeprefix("optimizer."): v for k, v in saved.items() if k.startswith("optimizer.")
+                },
+                after_step=keeper,
+            )
+        job.progress.line(f"distillation: divergence on held-out windows {before:.3f} → {after:.3f} nats a token")
+        write_layers(job, writer, layers, {"before": before, "after": after})
+
+
+def load_layer(job: Job, writer: CheckpointWriter, index: int) -> nn.Module:
+    """A decoder layer in memory with tunable linears and the norms of its shard."""
+    layer = job.materialize(index)
+    facts = writer.state["layers"][index]
+    prefix = job.layout.layer_name(index)
+    shard = load_file(writer.directory / facts["file"])
+    for name, parameter in layer.named_parameters():
+        if f"{prefix}.{name}" in shard:
+            parameter.data.copy_(shard[f"{prefix}.{name}"])
+    tunables: dict[str, nn.Module] = {}
+    for name, entry in facts["linears"].items():
+        spec = read_spec(entry["spec"])
+        linear = layer.get_submodule(name.removeprefix(prefix + "."))
+        packed = {key: shard[f"{name}.{key}"].to(job.device) for key in spec.tensors()}
+        assert isinstance(linear, nn.Linear)
+        tunables[name] = make_tunable(spec.unpack(packed), linear.weight.detach(), linear.bias)
+    install(layer, prefix, tunables)
+    return layer
+
+
+class Keeper:
+    """Called after every step: progress, and every few minutes a saved state."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, layers: list[nn.Module], report: Report) -> None:
+        self._job = job
+        self._writer = writer
+        self._layers = layers
+        self._report = report
+        self._saved = time.monotonic()
+
+    def __call__(self, done: int, loss: float, optimizer: torch.optim.Optimizer) -> None:
+        """``done`` steps are done; ``loss`` is that of the last one."""
+        steps = self._job.recipe.distillation.steps
+        self._report(done, steps)
+        self._writer.log("distillation", step=done, divergence=round(loss, 5))
+        if done % 10 == 0:
+            self._job.progress.line(f"distillation step {done}/{steps}: divergence {loss:.3f} nats a token")
+        if done == steps or time.monotonic() - self._saved > SAVE_SECONDS:
+            tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
+            self._writer.save_work("distillation", tensors | trained(self._layers) | {"step": torch.tensor(done)})
+            self._saved = time.monotonic()
+
+
+def trained(layers: list[nn.Module]) -> dict[str, Tensor]:
+    """Everything that training changes, by number of the layer and name."""
+    return {
+        f"{index}.{name}": parameter.detach().cpu()
+        for index, layer in enumerate(layers)
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def restore_layers(layers: list[nn.Module], saved: dict[str, Tensor]) -> None:
+    """The inverse of :func:`trained`."""
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if f"{index}.{name}" in saved:
+                parameter.data.copy_(saved[f"{index}.{name}"])
+
+
+def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], facts: dict[str, Any]) -> None:
+    """Pack all layers again, and put the new shards into the places of the old ones."""
+    described = []
+    for index, (layer, old) in enumerate(zip(layers, writer.state["layers"], strict=True)):
+        prefix = job.layout.layer_name(index)
+        tensors = load_file(writer.directory / old["file"])
+        tensors.update({f"{prefix}.{name}": job.stored(norm) for name, norm in tuned_norms(layer).items()})
+        for name in old["linears"]:
+            tunable = layer.get_submodule(name.removeprefix(prefix + "."))
+            assert isinstance(tunable, Tunable)
+            linear = tunable.linear()
+            spec, packed = pack(linear)
+            check_exact(name, linear.dense(), spec, packed)
+            tensors.update({f"{name}.{key}": value.cpu() for key, value in packed.items()})
+        described.append({**old, **writer.stage_layer(index, tensors)})
+    writer.commit_staged(described, distillation=facts)

@@ -1,0 +1,53 @@
+"""How much work a run may be: three sets of recipe values for ``codes``, from minutes to a night."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from subbit.errors import UserError
+
+__all__ = ["EFFORTS", "with_effort"]
+
+# Times are for a model of 135 million parameters on two cores; they grow with the parameters.
+EFFORTS: dict[str, dict[str, Any]] = {
+    # no tuning: about 5 minutes
+    "fast": {
+        "options": {"sweeps": 2},
+        "calibration": {"samples": 32, "seq_len": 512},
+    },
+    # decoder layers, then the whole model: about 45 minutes
+    "standard": {
+        "options": {"sweeps": 3, "column_scales": False},
+        "calibration": {"samples": 50, "seq_len": 512, "clip_norm": 0.0},
+        "reconstruction": {"steps": 60, "batch": 4},
+        "distillation": {"steps": 110, "batch": 2},
+    },
+    # hours
+    "best": {
+        "options": {"sweeps": 4, "column_scales": False},
+        "calibration": {"samples": 256, "seq_len": 512, "clip_norm": 0.0},
+        "reconstruction": {"steps": 150, "batch": 4},
+        "distillation": {"steps": 1000, "batch": 4},
+    },
+}
+
+
+def with_effort(effort: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe values, with those of an effort where ``values`` says nothing; UserError for an unknown effort."""
+    if effort not in EFFORTS:
+        raise UserError(f"there is no effort {effort!r}; choose {', '.join(EFFORTS)}")
+    if values.get("method", "codes") != "codes":
+        raise UserError(f"effort is for method codes, not {values['method']}")
+    return merge(EFFORTS[effort], {"method": "codes", **values})
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings; ``above`` wins."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            value = merge(inner, value)
+        result[key] = value
+    return result

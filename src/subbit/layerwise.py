@@ -1,0 +1,170 @@
+"""One decoder layer: statistics, the method on every linear, tuning, packing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbit.binary.compensate import InverseFactor, inverse_factor
+from subbit.binary.nm import Sparsity
+from subbit.calibration.gram import GramCollector
+from subbit.checkpoint.writer import CheckpointWriter
+from subbit.errors import UserError
+from subbit.job import Job
+from subbit.linears import CompressedLinear
+from subbit.methods import METHODS
+from subbit.models.streaming import LayerCall
+from subbit.packing.layout import LinearSpec, pack
+from subbit.tuning.optimizer import Rates, tuned_norms
+from subbit.tuning.reconstruct import reconstruct
+from subbit.tuning.tunable import make_tunable
+
+__all__ = ["compress_layer", "install", "pack_linear"]
+
+
+def compress_layer(
+    job: Job, writer: CheckpointWriter, index: int, hidden: dict[str, Tensor], call: LayerCall
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Compress all linears of a materialized layer, in place: it then holds the compressed weights and tuned norms.
+
+    Args:
+        hidden: what enters the layer in the student; what leaves it in the teacher, where that is needed.
+
+    Returns:
+        The tensors of the layer's shard by full name, and what the manifest says of the layer.
+    """
+    planned: dict[str, str] = writer.state["sparsities"]
+    linears = {name: linear for name, linear in job.linears(index).items() if name in planned}
+    with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
+        job.run(index, call, hidden["student"])
+    weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    results: dict[str, CompressedLinear] = {}
+    dampings: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for leader, names in grams.shared().items():
+        factor = inverse_factor(grams.gram(leader), job.recipe.options.damping)
+        for name in names:
+            started = time.monotonic()
+            results[name] = run_method(job, name, weights[name], grams.gram(leader), factor, planned[name])
+            dampings[name] = factor.damping
+            seconds[name] = round(time.monotonic() - started, 3)
+            warn_about(job, name, factor, grams.tokens(leader))
+    facts: dict[str, Any] = {}
+    others = job.read_others(f"{job.layout.layer_name(index)}.", {f"{name}.weight" for name in results})
+    if job.recipe.reconstruction.steps and results:
+        results, norms, facts["reconstruction"] = reconstruct_layer(job, index, hidden, call, results, weights)
+        others.update(norms)
+    packed: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    for leader, names in grams.shared().items():
+        for name in names:
+            tensors, described[name] = pack_linear(name, results[name], weights[name], grams.gram(leader))
+            packed.update(tensors)
+            described[name].update(sparsity=planned[name], damping=dampings[name])
+            writer.log("linear", name=name, tokens=grams.tokens(leader), seconds=seconds[name], **described[name])
+            linears[name].weight.copy_(results[name].dense())
+    facts["linears"] = {name: described[name] for name in linears}
+    return packed | others, facts
+
+
+def warn_about(job: Job, name: str, factor: InverseFactor, tokens: int) -> None:
+    """Say what the user should know about the statistics of a linear."""
+    if factor.damping > job.recipe.options.damping:
+        job.progress.line(f"{name}: the Gram is ill-conditioned, damping raised to {factor.damping:g}")
+    if tokens == 0:
+        job.progress.line(f"{name}: no calibration token reached it, so all its inputs count alike")
+
+
+def run_method(
+    job: Job, name: str, weight: Tensor, gram: Tensor, factor: InverseFactor, sparsity: str
+) -> CompressedLinear:
+    """Compress one linear; UserError when the result does not fit in the format."""
+    method = METHODS[job.recipe.method]
+    result = method.run(weight, gram, factor, Sparsity.parse(sparsity), job.recipe.options)
+    if not bool(result.scales.isfinite().all()):
+        raise UserError(f"{name}: its scales do not fit in float16; the weights are too large for this format")
+    return result
+
+
+def reconstruct_layer(
+    job: Job,
+    index: int,
+    hidden: dict[str, Tensor],
+    call: LayerCall,
+    results: dict[str, CompressedLinear],
+    weights: dict[str, Tensor],
+) -> tuple[dict[str, CompressedLinear], dict[str, Tensor], dict[str, float]]:
+    """Tune a layer against the teacher; it then holds tuned norms, rounded as they are stored.
+
+    Returns:
+        The tuned linears, the tuned norms by full name in the dtype of the checkpoint, and the error before and after.
+    """
+    layer, settings = job.layer(index), job.recipe.reconstruction
+    plain = job.linears(index)
+    prefix = job.layout.layer_name(index)
+    tunables = {name: make_tunable(result, weights[name], plain[name].bias) for name, result in results.items()}
+    install(layer, prefix, tunables)
+    rates = Rates(settings.latent_rate, settings.scale_rate, settings.norm_rate)
+    before, after = reconstruct(
+        layer,
+        call,
+        hidden["student"],
+        hidden["teacher"],
+        steps=settings.steps,
+        batch=settings.batch,
+        rates=rates,
+        token_exponent=settings.token_exponent,
+        seed=index,
+        device=job.device,
+    )
+    norms = {f"{prefix}.{name}": job.stored(norm) for name, norm in tuned_norms(layer).items()}
+    for name, norm in tuned_norms(layer).items():
+        norm.data.copy_(norms[f"{prefix}.{name}"])
+    install(layer, prefix, plain)
+    tuned = {name: tunable.linear() for name, tunable in tunables.items()}
+    return tuned, norms, {"before": before, "after": after}
+
+
+def install(layer: nn.Module, prefix: str, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of linears, by full name; ``prefix`` is the name of the layer."""
+    for name, module in modules.items():
+        layer.set_submodule(name.removeprefix(prefix + "."), module)
+
+
+def pack_linear(
+    name: str, result: CompressedLinear, weight: Tensor, gram: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The stored tensors (CPU) of one linear by full name, and what the manifest says of it.
+
+    Args:
+        weight: (out, in) float32, the dense weights.
+        gram: (in, in) float32, for the error.
+    """
+    spec, packed = pack(result)
+    dense = result.dense()
+    check_exact(name, dense, spec, packed)
+    facts = {
+        "spec": spec.to_dict(),
+        "label": spec.label,
+        "weights": spec.out_features * spec.in_features,
+        "bytes": spec.stored_bytes,
+        "error": relative_output_error(weight, dense, gram),
+    }
+    return {f"{name}.{key}": value.cpu() for key, value in packed.items()}, facts
+
+
+def check_exact(name: str, dense: Tensor, spec: LinearSpec, packed: dict[str, Tensor]) -> None:
+    """The packed form must decode to exactly what the method returned; anything else is a defect of ours."""
+    if not torch.equal(spec.decode_rows(packed), dense):
+        raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
+
+
+def relative_output_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): the squared output error of a linear on the calibration text."""
+    lost = weight - dense
+    total = float(((weight @ gram) * weight).sum())
+    return float(((lost @ gram) * lost).sum()) / total if total > 0 else 0.0

@@ -1,0 +1,146 @@
+"""Distillation of the whole model: the student's next-token distribution towards the teacher's, by KL divergence.
+
+The student is run layer by layer from its embedded windows, as everywhere in this package; of the teacher only what
+leaves its last decoder layer is needed. Some windows are held out, so that fitting the calibration text too closely
+shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from subbit.models.streaming import LayerCall, run_layer
+from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
+
+__all__ = ["Student", "distill", "divergence"]
+
+CHUNK = 256  # positions whose logits are in memory at a time
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model whose decoder layers hold :class:`~subbit.tuning.tunable.Tunable` linears."""
+
+    layers: list[nn.Module]
+    calls: list[LayerCall]
+    head: Head  # (1, tokens, hidden) → logits (1, tokens, vocab): final norm and output matrix, the teacher's as well
+    checkpoint_activations: bool = False  # keep only what enters each layer, and run the layers twice
+
+    def run(self, embedded: Tensor) -> Tensor:
+        """(batch, seq_len, hidden): what leaves the last decoder layer."""
+        hidden = embedded
+        for layer, call in zip(self.layers, self.calls, strict=True):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden = checkpoint(run_layer, layer, call, hidden, use_reentrant=False)
+            else:
+                hidden = run_layer(layer, call, hidden)
+        return hidden
+
+
+def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> tuple[float, Tensor | None]:
+    """Mean over tokens of KL(teacher ‖ student) in nats, and its gradient with respect to ``student``.
+
+    Args:
+        student, teacher: (..., hidden), what leaves the last decoder layer of each.
+        gradient: whether to compute it; the logits exist only a chunk of positions at a time either way.
+    """
+    mine = student.detach().flatten(0, -2)
+    total = 0.0
+    slopes = []
+    for part, target in zip(mine.split(CHUNK), teacher.flatten(0, -2).split(CHUNK), strict=True):
+        with torch.no_grad():
+            wanted = head(target[None]).float().log_softmax(-1)
+        with torch.set_grad_enabled(gradient):
+            part = part.requires_grad_(gradient)
+            have = head(part[None]).float().log_softmax(-1)
+            loss = (wanted.exp() * (wanted - have)).sum() / len(mine)
+        total += float(loss.detach())
+        if gradient:
+            slopes.append(torch.autograd.grad(loss, part)[0])
+    return total, torch.cat(slopes).view_as(student) if gradient else None
+
+
+def distill(
+    student: Student,
+    embedded: Tensor,
+    teacher: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    held_out: int,
+    rates: Rates,
+    seed: int,
+    device: torch.device,
+    start: int = 0,
+    optimizer_state: dict[str, Tensor] | None = None,
+    after_step: Callable[[int, float, torch.optim.Optimizer], None] | None = None,
+) -> tuple[float, float]:
+    """Tune scales, norms and latents of all decoder layers, in place.
+
+    Args:
+        embedded: (samples, seq_len, hidden) float32, what enters the first decoder layer.
+        teacher: the same shape, what leaves the teacher's last one.
+        batch: windows a step.
+        held_out: windows at the end that are only measured.
+        start: steps that an earlier, interrupted run has done.
+        after_step: called with the number of steps done, the step's divergence and the optimizer.
+
+    Returns:
+        Divergence on the windows held out before and after, nats a token.
+    """
+    train = len(embedded) - held_out
+    optimizer = make_optimizer(student.layers, rates)
+    if optimizer_state is not None:
+        load_optimizer(optimizer, optimizer_state)
+    before = held_out_divergence(student, embedded[train:], teacher[train:], device)
+    order = window_order(train, steps * batch, seed)
+    for step in range(start, steps):
+        chosen = order[step * batch : (step + 1) * batch]
+        set_rate(optimizer, step, steps)
+        with torch.enable_grad():
+            output = student.run(embedded[chosen].to(device))
+            loss, slope = divergence(output, teacher[chosen].to(device), student.head, gradient=True)
+            optimizer.zero_grad(set_to_none=True)
+            output.backward(slope)
+        optimizer.step()
+        if after_step is not None:
+            after_step(step + 1, loss, optimizer)
+    return before, held_out_divergence(student, embedded[train:], teacher[train:], device)
+
+
+def window_order(windows: int, draws: int, seed: int) -> Tensor:
+    """(draws,) int64: passes over all windows, each in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = -(-draws // windows)
+    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(passes)])[:draws]
+
+
+def held_out_divergence(student: Student, embedded: Tensor, teacher: Tensor, device: torch.device) -> float:
+    """Mean divergence over windows, one at a time."""
+    with torch.no_grad():
+        values = [
+            divergence(student.run(one[None].to(device)), other[None].to(device), student.head, gradient=False)[0]
+            for one, other in zip(embedded, teacher, strict=True)
+        ]
+    return sum(values) / max(len(values), 1)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Fill the moments of AdamW from :func:`optimizer_tensors`."""
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            key: state[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in state
+        }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of AdamW by number of the parameter, to be saved."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"{n}.{key}": value for n, p in enumerate(parameters) for key, value in optimizer.state[p].items()}

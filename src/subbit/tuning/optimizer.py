@@ -1,0 +1,60 @@
+"""The optimizer that reconstruction and distillation share: AdamW, three learning rates, one schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from subbit.tuning.tunable import Tunable
+
+__all__ = ["Rates", "make_optimizer", "set_rate", "tuned_norms"]
+
+WARM_UP = 5  # steps
+LAST = 0.05  # of the rate that is left at the end
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates; 0 leaves those parameters as they are."""
+
+    latents: float  # in units of the scales
+    scales: float  # relative
+    norms: float
+
+
+def tuned_norms(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with one dimension that stand outside linears, by name: the weights of norms."""
+    tunable = {id(p) for m in module.modules() if isinstance(m, Tunable) for p in m.parameters()}
+    inside = {id(m.bias) for m in module.modules() if isinstance(m, nn.Linear) and m.bias is not None}
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 1 and id(parameter) not in tunable | inside
+    }
+
+
+def make_optimizer(modules: Iterable[nn.Module], rates: Rates) -> torch.optim.AdamW:
+    """AdamW over the tunable linears and norms inside ``modules``; all their other parameters are frozen."""
+    groups: list[tuple[list[nn.Parameter], float]] = [([], rates.latents), ([], rates.scales), ([], rates.norms)]
+    for module in modules:
+        module.requires_grad_(False)
+        for tunable in (m for m in module.modules() if isinstance(m, Tunable)):
+            groups[0][0].extend(tunable.latent_parameters())
+            groups[1][0].extend(tunable.scale_parameters())
+        groups[2][0].extend(tuned_norms(module).values())
+    used = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in groups if parameters and rate > 0]
+    for group in used:
+        for parameter in group["params"]:  # type: ignore[attr-defined]
+            parameter.requires_grad_(True)
+    return torch.optim.AdamW(used, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """A short warm-up, then half a cosine down to a twentieth."""
+    share = (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)) + LAST
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * share * min(1.0, (step + 1) / WARM_UP)

@@ -1,0 +1,79 @@
+"""Decoder-layer reconstruction: tune a compressed layer so that its output is the teacher's again.
+
+The target is the teacher's output on the *teacher's* input, while the layer runs on the student's: so each layer also
+repairs what the layers before it broke. A few tokens (the first of a window, delimiters) carry activations ten to
+hundreds of times larger, and all others attend to them: they must count more than the rest, but not alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from subbit.models.streaming import LayerCall, run_layer
+from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
+
+__all__ = ["reconstruct", "token_weights"]
+
+
+def token_weights(targets: Tensor, exponent: float) -> Tensor:
+    """(...): weights of tokens with ``targets`` (..., hidden), so that Σ weight · ‖error‖² is a relative error.
+
+    (‖t‖ / median)^exponent / ‖t‖², divided by the mean of the first factor: with exponent 0 every token counts by its
+    relative error, with exponent 2 it is the mean square error relative to that of the targets.
+    """
+    norm = targets.norm(dim=-1).clamp_min(1e-6)
+    importance = (norm / norm.median()) ** exponent
+    return importance / importance.sum() / norm.square()
+
+
+def reconstruct(
+    layer: nn.Module,
+    call: LayerCall,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    rates: Rates,
+    token_exponent: float,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Tune the :class:`~subbit.tuning.tunable.Tunable` linears and the norms of ``layer``, in place.
+
+    Args:
+        inputs: (samples, seq_len, hidden) float32, what enters the layer in the student.
+        targets: the same shape, what leaves it in the teacher.
+        batch: windows a step.
+        seed: of the order of the windows.
+
+    Returns:
+        The mean relative error, see :func:`token_weights`, over the first and over the last tenth of the steps.
+    """
+    optimizer = make_optimizer([layer], rates)
+    generator = torch.Generator().manual_seed(seed)
+    weights = token_weights(targets, token_exponent) * len(targets) / batch
+    errors = []
+    order = torch.empty(0, dtype=torch.long)
+    with torch.enable_grad():
+        for step in range(steps):
+            if len(order) < batch:
+                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+            chosen, order = order[:batch], order[batch:]
+            set_rate(optimizer, step, steps)
+            output = run_layer(layer, call, inputs[chosen].to(device))
+            lost = (output - targets[chosen].to(device)).square().sum(dim=-1)
+            error = (lost * weights[chosen].to(device)).sum()
+            optimizer.zero_grad(set_to_none=True)
+            error.backward()
+            optimizer.step()
+            errors.append(float(error.detach()))
+            if progress is not None:
+                progress(step + 1, steps)
+    layer.requires_grad_(False)
+    part = max(1, steps // 10)
+    return sum(errors[:part]) / part, sum(errors[-part:]) / part

@@ -1,0 +1,210 @@
+"""Compressed linears that can be trained, and become compressed linears again.
+
+Scales are trained by their logarithm or relative to their own size, so that one learning rate suits every layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbit.binary.nm import Sparsity, keep_top
+from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear, level_index, levels, scale_slots
+
+__all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable"]
+
+BOUNDARY = 0.5  # between pruned and kept latents at the start, in units of the scales
+LARGEST_LATENT = 2.0  # at the start: outliers must stay within reach of the optimizer
+
+
+class Tunable(nn.Module, ABC):
+    """Stands where a compressed linear stands while it is tuned."""
+
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """What the learning rate of the scales is for."""
+
+    @abstractmethod
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """What the learning rate of the latents is for: nothing where signs and masks are fixed."""
+
+    @abstractmethod
+    def linear(self) -> CompressedLinear:
+        """What it is now, with its scales as float16 holds them."""
+
+
+def make_tunable(linear: CompressedLinear, weight: Tensor, bias: nn.Parameter | None) -> Tunable:
+    """The trainable form of a compressed linear; TypeError for a type that has none.
+
+    Args:
+        weight: (out, in) float32, the weights before compression; they say which codewords lie near.
+    """
+    if isinstance(linear, CodesLinear):
+        return TunableCodes(linear, weight, bias)
+    if isinstance(linear, GroupedBinaryLinear):
+        return TunableGroupedBinary(linear, bias)
+    raise TypeError(f"{type(linear).__name__} cannot be tuned")
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+class TunableCodes(Tunable):
+    """Latent weights u, rounded to codewords in every forward pass: ŵ = r·c·z(u)."""
+
+    def __init__(self, linear: CodesLinear, weight: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.sparsity = linear.sparsity
+        self.has_columns = linear.column_scales is not None
+        row = linear.row_scales.float()
+        column = torch.ones_like(weight[0]) if linear.column_scales is None else linear.column_scales.float()
+        self.row: Tensor
+        self.column: Tensor
+        self.register_buffer("row", row)
+        self.register_buffer("column", column)
+        self.log_row = nn.Parameter(torch.zeros_like(row))
+        self.log_column = nn.Parameter(torch.zeros_like(column), requires_grad=self.has_columns)
+        self.latent = nn.Parameter(start_latent(linear, weight))
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        row, column = self.scales()
+        output: Tensor = _CodesProduct.apply(inputs, self.latent, row, column, self.sparsity)
+        return output if self.bias is None else output + self.bias
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """(out,) and (in,) float32: r and c as they are now."""
+        return self.row * self.log_row.exp(), self.column * self.log_column.exp()
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """r and, where the linear has them, c."""
+        return [self.log_row, self.log_column] if self.has_columns else [self.log_row]
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """u."""
+        return [self.latent]
+
+    @torch.no_grad()
+    def linear(self) -> CodesLinear:
+        """Ties broken as :func:`keep_top` breaks them."""
+        keep = keep_top(self.latent.abs(), self.sparsity.n, self.sparsity.m)
+        signs = torch.where(self.latent < 0, -1, 1).to(torch.int8) * keep
+        row, column = self.scales()
+        return CodesLinear(self.sparsity, signs, row.half(), column.half() if self.has_columns else None)
+
+
+def start_latent(linear: CodesLinear, weight: Tensor) -> Tensor:
+    """(out, in) float32: W/(r·c), moved only as far as it must to be rounded to the codewords that were chosen."""
+    scale = linear.row_scales.float()[:, None]
+    if linear.column_scales is not None:
+        scale = scale * linear.column_scales.float()
+    relative = weight / torch.where(scale.abs() < 1e-12, 1.0, scale)
+    kept = linear.signs * (relative * linear.signs).clamp(BOUNDARY * 1.02, LARGEST_LATENT)
+    return torch.where(linear.signs != 0, kept, relative.clamp(-BOUNDARY, BOUNDARY))
+
+
+def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:
+    """(out, in) float32 in {−1, 0, +1}: the signs of the N largest |latent| of every group; a tie keeps both."""
+    grouped = latent.unflatten(1, (-1, sparsity.m))
+    keep = grouped.abs() >= nth_largest(grouped.abs(), sparsity.n)
+    return torch.where(keep, torch.sign(grouped), 0.0).flatten(1)
+
+
+def nth_largest(values: Tensor, n: int) -> Tensor:
+    """(..., 1): the n-th largest of the last dimension, whose size is a power of two.
+
+    For n ≤ 2 a tournament of the largest and the second largest: a quarter of the time of topk.
+    """
+    if n > 2:
+        return values.topk(n, dim=-1).values[..., -1:]
+    first = list(values.unbind(-1))
+    second: list[Tensor] = []
+    while len(first) > 1:
+        pairs = range(0, len(first), 2)
+        lower = [torch.minimum(first[i], first[i + 1]) for i in pairs]
+        if second:
+            losers = [torch.maximum(second[i], second[i + 1]) for i in pairs]
+            lower = [torch.maximum(low, loser) for low, loser in zip(lower, losers, strict=True)]
+        first = [torch.maximum(first[i], first[i + 1]) for i in pairs]
+        second = lower
+    return (first if n == 1 else second)[0][..., None]
+
+
+class _CodesProduct(torch.autograd.Function):
+    """y = x Ŵᵀ; the gradient of the latents passes straight through the rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, latent: Tensor, row: Tensor, column: Tensor, sparsity: Sparsity) -> Tensor:
+        signs = latent_signs(latent, sparsity)
+        ctx.save_for_backward(x, signs.to(torch.int8), row, column)
+        return x @ (row[:, None] * column * signs).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, signs, row, column = ctx.saved_tensors
+        scale = row[:, None] * column
+        dx = grads[0] @ (scale * signs) if ctx.needs_input_grad[0] else None
+        dweight = grads[0].flatten(0, -2).T @ x.flatten(0, -2)
+        product = dweight * signs
+        dlatent = dweight.mul_(scale) if ctx.needs_input_grad[1] else None
+        return dx, dlatent, product @ column, row @ product, None
+
+
+# ---- regions, shifts and residual columns ----------------------------------------------------------------------------
+
+
+class TunableGroupedBinary(Tunable):
+    """Shifts and scales of BiLLM, ARB-LLM, STBLLM and PBS²P; masks, signs, regions and column scales stay."""
+
+    def __init__(self, linear: GroupedBinaryLinear, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.fixed = linear
+        values = linear.scales.float()
+        self.start: Tensor
+        self.unit: Tensor
+        self.keep: Tensor
+        self.index: Tensor
+        self.register_buffer("start", values)
+        unit = values.abs().mean(dim=-1, keepdim=True).expand_as(values).clone()
+        if linear.column_scales is not None:  # such a linear has no shifts, and its format no room for them
+            shifts = torch.ones(values.shape[-1], dtype=torch.bool, device=values.device)
+            shifts[scale_slots(linear.regions, values.shape[-1])] = False
+            unit[..., shifts] = 0.0
+        self.register_buffer("unit", unit)
+        self.register_buffer("keep", linear.keep)
+        index = level_index(linear.positive, linear.symbol, linear.salient, linear.regions)
+        self.register_buffer("index", index.to(torch.int32))
+        self.change = nn.Parameter(torch.zeros_like(values))
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        table = levels(self.start + self.unit * self.change, self.fixed.regions)
+        blocks = [
+            table[:, block].gather(1, columns.long())
+            for block, columns in enumerate(self.index.split(self.fixed.block_size, dim=1))
+        ]
+        weight = torch.where(self.keep, torch.cat(blocks, dim=1), 0.0)
+        if self.fixed.column_scales is not None:
+            weight = weight * self.fixed.column_scales.float()
+        return nn.functional.linear(inputs, weight, self.bias)
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """All of them, in units of the mean size in their (row, block)."""
+        return [self.change]
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """None: signs and masks stay."""
+        return []
+
+    @torch.no_grad()
+    def linear(self) -> GroupedBinaryLinear:
+        """The same pattern with the tuned scales."""
+        return replace(self.fixed, scales=(self.start + self.unit * self.change).half())
