@@ -11,16 +11,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -89,6 +92,19 @@ def _qwen3_moe() -> PreTrainedConfig:
     return Qwen3MoeConfig(**_shape(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
 
 
+def _qwen2_moe() -> PreTrainedConfig:
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+    return Qwen2MoeConfig(**_shape(num_experts=4, num_experts_per_tok=2, **sizes))
+
+
+def _deepseek_v3() -> PreTrainedConfig:
+    """The first layer is dense, and the router chooses among groups of experts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    shape = _shape(num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=32)
+    return DeepseekV3Config(**shape, **experts, **ranks)
+
+
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-mha": lambda: LlamaConfig(**_shape(num_key_value_heads=4)),
     "llama-gqa": _llama_gqa,
@@ -100,8 +116,11 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": lambda: Phi3Config(**_shape()),
     "mixtral": _mixtral,
     "qwen3-moe": _qwen3_moe,
+    "qwen2-moe": _qwen2_moe,
+    "olmoe": lambda: OlmoeConfig(**_shape(num_experts=4, num_experts_per_tok=2)),
+    "deepseek-v3": _deepseek_v3,
 }
-MOE_FAMILIES = ["mixtral", "qwen3-moe"]
+MOE_FAMILIES = ["mixtral", "qwen3-moe", "qwen2-moe", "olmoe", "deepseek-v3"]
 FAMILIES = [family for family in _CONFIGS if family not in MOE_FAMILIES]
 
 
@@ -113,15 +132,15 @@ def tiny_config(family: str) -> PreTrainedConfig:
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model of a family of `FAMILIES` or `MOE_FAMILIES`, in eval mode; the global RNG is not moved.
 
-    Norms and biases are random too, so that forgetting one changes the logits.
+    Norms and biases (those of routers are buffers) are random too, so that forgetting one changes the logits.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+            for tensor in model.state_dict().values():
+                if tensor.dim() == 1:
+                    tensor.add_(0.1 * torch.randn_like(tensor))
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MOE_FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
+from families import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -308,27 +308,6 @@ def test_nothing_to_compress_is_a_mistake(recipe_for: Recipes, tmp_path: Path) -
     with pytest.raises(UserError, match="nothing to compress"):
         subbit.compress(tmp_path / "source", recipe_for(), tmp_path / "out")
     assert_no_checkpoint(tmp_path / "out")
-
-
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_experts_stay_dense_and_are_counted(family: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
-    """The 3-D stacks of experts are listed, count as linears in all bits, and come back as they were."""
-    out = tmp_path / "out"
-    progress = Lines()
-    subbit.compress(tiny(family), recipe_for("stbllm", allocation={"kind": "uniform"}), out, progress=progress)
-    facts = subbit.inspect(out)
-    experts = [f"model.layers.{i}.mlp.experts.{part}" for i in range(3) for part in ("gate_up_proj", "down_proj")]
-    assert set(experts) <= facts["left_dense"].keys()
-    assert any("experts.gate_up_proj" in line for line in progress.lines)
-    dense = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
-    assert facts["parameters"] == sum(parameter.numel() for parameter in dense.parameters())
-    inside = [(n, p) for n, p in dense.named_parameters() if ".layers." in n and p.dim() > 1]
-    counted = {linear["name"]: linear["weights"] for layer in facts["layers"] for linear in layer["linears"]}
-    router = "mlp.gate.weight"  # a bare parameter, not a module with a weight
-    assert counted == {n if n.endswith(router) else n.removesuffix(".weight"): p.numel() for n, p in inside}
-    assert facts["bits"]["stored"] > 8 * sum(dense.get_parameter(n).nbytes for n in experts) / facts["linear_weights"]
-    model, _ = subbit.load(out)
-    assert torch.allclose(logits_of(model), logits_of(dense_equivalent(tiny(family), out)), rtol=1e-5, atol=1e-5)
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------

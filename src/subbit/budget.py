@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,6 @@ from subbit.binary.allocate import allocate_bytes
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity
 from subbit.binary.scales import quadratic_error
-from subbit.calibration.gram import GramCollector
 from subbit.errors import UserError
 from subbit.job import Job
 from subbit.methods.codes import CodesOptions, codes
@@ -35,12 +35,16 @@ class Choice:
     units: list[list[str]]  # linears that get one N:M
     formats: list[list[str]]  # of every unit, ascending in bits
     sizes: list[list[int]]  # bytes of every unit in each of its formats
-    taken: int  # bytes of the linears that are no choice
-    weights: int  # of all linears
+    taken: int  # bytes of what is no choice
+    weights: int  # of all linears, and of whatever else counts in the stored bits
 
     @classmethod
-    def of(cls, job: Job, free: dict[str, int], fixed: dict[str, int]) -> Choice:
+    def of(cls, job: Job, free: dict[str, int], fixed: dict[str, tuple[int, int]]) -> Choice:
         """See :func:`plan_budget`.
+
+        Args:
+            free: linears that the budget decides on → weights.
+            fixed: what else counts in the stored bits → weights, bytes.
 
         Raises:
             UserError: the budget is out of reach; the message says which one can be reached.
@@ -53,11 +57,12 @@ class Choice:
             [sum(stored_bytes(shapes[name], form, job.recipe.options) for name in unit) for form in forms]
             for unit, forms in zip(units, formats, strict=True)
         ]
-        weights = sum(shapes[name].numel() for name in {*free, *fixed})
-        choice = cls(units, formats, sizes, sum(fixed.values()), weights)
-        least, most = choice.bits([0] * len(units)), choice.bits([-1] * len(units))
+        weights = sum(free.values()) + sum(count for count, _ in fixed.values())
+        choice = cls(units, formats, sizes, sum(size for _, size in fixed.values()), weights)
+        # rounded up, so that what the messages name can be reached
+        least, most = (math.ceil(1e4 * choice.bits([end] * len(units))) / 1e4 for end in (0, -1))
         budget = job.recipe.bits or 0.0
-        if budget < least:
+        if choice.bytes_within(budget) < sum(unit[0] for unit in sizes):
             raise UserError(f"{budget:g} stored bits cannot be reached: the least for this model is {least:.4f}")
         if budget > most + TOLERANCE:
             raise UserError(f"{budget:g} stored bits cannot be reached: the most for this model is {most:.4f}")
@@ -67,6 +72,10 @@ class Choice:
         """Stored bits a linear weight with these formats."""
         total = self.taken + sum(unit[number] for unit, number in zip(self.sizes, chosen, strict=True))
         return 8 * total / self.weights
+
+    def bytes_within(self, bits: float) -> int:
+        """Bytes for the units when there are ``bits`` a weight; what is 1e-6 of a byte short is float arithmetic."""
+        return math.floor(bits * self.weights / 8 + 1e-6) - self.taken
 
 
 def plan_budget(job: Job, choice: Choice, hidden: Tensor, calls: list[LayerCall]) -> dict[str, str]:
@@ -80,8 +89,7 @@ def plan_budget(job: Job, choice: Choice, hidden: Tensor, calls: list[LayerCall]
         [sum(measured[name] for name in unit) * RELATIVE_ERROR[form] for form in forms]
         for unit, forms in zip(choice.units, choice.formats, strict=True)
     ]
-    budget = int((job.recipe.bits or 0.0) * choice.weights / 8) - choice.taken
-    chosen = allocate_bytes(errors, choice.sizes, budget)
+    chosen = allocate_bytes(errors, choice.sizes, choice.bytes_within(job.recipe.bits or 0.0))
     job.progress.line(f"budget {job.recipe.bits:g}: planned {choice.bits(chosen):.4f} stored bits a linear weight")
     return {
         name: forms[number]
@@ -118,7 +126,7 @@ def measure_errors(job: Job, names: set[str], hidden: Tensor, calls: list[LayerC
         for index in range(job.layout.num_layers):
             layer = job.materialize(index)
             linears = {name: linear for name, linear in job.linears(index).items() if name in names}
-            with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
+            with job.collect_grams(linears) as grams:
                 hidden = job.run(index, calls[index], hidden)
             for leader, shared in grams.shared().items():
                 gram = grams.gram(leader)

@@ -196,6 +196,95 @@ def inspect(
 
 
 @app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="A directory, a Hugging Face hub id, or a GGUF file.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The results, JSON; entries that are in it are not repeated.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated: dense (the model as it is), {', '.join(METHODS)}.")
+    ] = "dense,stbllm,pbs2p",
+    sparsity: Annotated[str, typer.Option(help="Comma-separated N:M, or none, for the methods that prune.")] = "",
+    bits: Annotated[str, typer.Option(help="codes: comma-separated stored bits, instead of N:M.")] = "",
+    code_bits: Annotated[str, typer.Option(help="rtn, gptq: comma-separated bits of a code, 1 to 4.")] = "",
+    effort: Annotated[str | None, typer.Option(help="codes: fast, standard or best.")] = None,
+    entries: Annotated[
+        Path | None, typer.Option(help="YAML file with a list 'entries' of recipes, instead of the options above.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="As for compress.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds of the calibration windows.")] = "0",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A recipe field for all entries, as for compress. Repeatable.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="wikitext2 (the default), ptb, c4, or a .txt or .jsonl file to evaluate on. Repeatable."),
+    ] = None,
+    eval_seq_len: Annotated[int, typer.Option(help="Tokens of an evaluation window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the start.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the evaluation: float32, bfloat16 or float16.")] = "float32",
+    work: Annotated[Path | None, typer.Option(help="Folder of the checkpoints; default: beside the results.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Do not delete a checkpoint when it is evaluated.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run entries again that failed before.")] = False,
+    unpack: Annotated[
+        bool, typer.Option("--unpack", help="Decode once before evaluating: faster, more memory, the same numbers.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the entries and run nothing.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compress a model with many recipes, evaluate each, collect the results; stop and go on as you like."""
+    from subbit import sweep as run
+    from subbit.comparison.entries import Protocol, grid, read_entries, with_seeds
+    from subbit.progress import ConsoleProgress
+
+    given = {"source": calibration, "samples": samples, "seq_len": seq_len}
+    common: dict[str, Any] = {"calibration": {key: value for key, value in given.items() if value is not None}}
+    apply_assignments(common, set_ or [])
+    if entries:
+        listed = read_entries(entries, common)
+    else:
+        numbers = read_numbers("--bits", bits, float), read_numbers("--code-bits", code_bits, int)
+        listed = grid(split_list(methods), split_list(sparsity), *numbers, common, effort)
+    listed = with_seeds(listed, read_numbers("--seeds", seeds, int))
+    if list_:
+        print("\n".join(entry.title for entry in listed))
+        return
+    protocol = Protocol(tuple(dataset or ["wikitext2"]), "test", eval_seq_len, max_windows, dtype)
+    settings: dict[str, Any] = {"work": work, "keep": keep, "retry": retry, "unpack": unpack, "device": device}
+    settings |= {"trust_remote_code": trust_remote_code, "progress": ConsoleProgress()}
+    try:
+        results = run(model, listed, out, protocol, **settings)
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    failed = sum(result["status"] == "failed" for result in results)
+    print(f"{len(results) - failed} results in {out}" + (f", {failed} failed" if failed else ""))
+    print(f"next: subbit compare {out} --out DIR")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    sources: Annotated[list[Path], typer.Argument(help="Results of subbit sweep, or compressed checkpoints.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory for comparison.md and the figures, SVG and PNG.")
+    ] = None,
+    figures: Annotated[bool, typer.Option(help="Draw the figures; needs matplotlib.")] = True,
+    published: Annotated[
+        Path | None, typer.Option(help="Published numbers for a second panel, as docs/results/published.json has them.")
+    ] = None,
+) -> None:
+    """Results of sweeps, or finished checkpoints, beside each other: a Markdown table, and figures with --out."""
+    from subbit import compare as run
+
+    print(run(sources, out, figures=figures, published=published), end="")
+
+
+@app.command()
 def env(json_: Json = False) -> None:
     """Versions, devices and what will run where: put this into a bug report."""
     import torch
@@ -203,6 +292,7 @@ def env(json_: Json = False) -> None:
 
     from subbit import __version__
     from subbit.calibration.text import data_root
+    from subbit.runtime.dispatch import summary
 
     facts = {
         "subbit": __version__,
@@ -212,7 +302,7 @@ def env(json_: Json = False) -> None:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "backend": "torch reference (unpacks a tile of rows at a time; native kernels are not built)",
+        "backend": summary(),
         "data": f"{data_root()} ({'present' if data_root().is_dir() else 'absent: the hub is asked'})",
     }
     if json_:
@@ -224,10 +314,8 @@ def env(json_: Json = False) -> None:
 
 def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str], effort: str | None = None) -> Any:
     """The recipe of a file, changed by the options, changed by ``--set``; ``effort`` fills in what they leave open."""
-    import yaml
-
     from subbit.effort import with_effort
-    from subbit.recipe import Recipe, parse_yaml, read_yaml
+    from subbit.recipe import Recipe, read_yaml
 
     values = read_yaml(file) if file else {}
     if "bits" in given and "method" not in values:
@@ -236,6 +324,16 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
         values = {key: value for key, value in values.items() if key not in ("options", "allocation")}
     for key, value in given.items():
         assign(values, key, value)
+    apply_assignments(values, assignments)
+    return Recipe.create(with_effort(effort, values) if effort else values)
+
+
+def apply_assignments(values: dict[str, Any], assignments: list[str]) -> None:
+    """Do what ``--set field=value`` says to recipe values."""
+    import yaml
+
+    from subbit.recipe import parse_yaml
+
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -244,7 +342,19 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
             assign(values, key, parse_yaml(text))
         except yaml.YAMLError as error:
             raise UserError(f"--set {assignment!r} is not YAML: {' '.join(str(error).split())}") from None
-    return Recipe.create(with_effort(effort, values) if effort else values)
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def read_numbers(option: str, text: str, kind: type) -> list[Any]:
+    """Numbers of a comma-separated option; UserError for anything else."""
+    try:
+        return [kind(part) for part in split_list(text)]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not a comma-separated list of numbers") from None
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -282,6 +392,8 @@ def print_totals(facts: dict[str, Any]) -> None:
     print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: N/M × (1 + share of salient columns)")
     print(f"  stored  {bits['stored']:.3f} bits  {linears:,} bytes for {weights:,} linear weights, everything counted")
     print(f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {parameters:,} parameters")
+    for label, backend in facts["backends"].items():
+        print(f"  runs    {label}: {backend}")
     embeddings = facts["embeddings"]
     all_packed = embeddings and not any("left_dense" in entry for entry in embeddings.values())
     rest = f"{packed:,} packed embeddings + " if packed else ""

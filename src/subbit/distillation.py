@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -11,13 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from subbit.checkpoint.writer import CheckpointWriter
+from subbit.errors import UserError
 from subbit.job import Job
-from subbit.layerwise import check_exact, install
+from subbit.layerwise import check_exact, check_scales, install
 from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
 from subbit.packing.layout import pack, read_spec
 from subbit.progress import Report
-from subbit.tuning.distill import Student, distill, optimizer_tensors
+from subbit.tuning.distill import Student, distill, mean_divergence, optimizer_tensors
 from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.tunable import Tunable, make_tunable
 
@@ -53,15 +55,17 @@ def distill_model(
         if start:
             restore_layers(layers, saved)
             job.progress.line(f"resuming: {start} of {settings.steps} steps of distillation are done")
+        train = len(windows) - min(settings.held_out, len(windows) - 1)
+        held_out = embedded[train:], teacher[train:]
+        before = float(saved["before"]) if "before" in saved else measure(job, student, *held_out)
         with job.progress.stage("distillation") as report:
-            keeper = Keeper(job, writer, layers, report)
-            before, after = distill(
+            keeper = Keeper(job, writer, layers, report, before)
+            distill(
                 student,
-                embedded,
-                teacher,
+                embedded[:train],
+                teacher[:train],
                 steps=settings.steps,
                 batch=settings.batch,
-                held_out=min(settings.held_out, len(windows) - 1),
                 rates=Rates(settings.latent_rate, settings.scale_rate, settings.norm_rate),
                 seed=job.recipe.calibration.seed,
                 device=job.device,
@@ -71,8 +75,17 @@ def distill_model(
                 },
                 after_step=keeper,
             )
+        after = measure(job, student, *held_out)
         job.progress.line(f"distillation: divergence on held-out windows {before:.3f} → {after:.3f} nats a token")
         write_layers(job, writer, layers, {"before": before, "after": after})
+
+
+def measure(job: Job, student: Student, embedded: Tensor, teacher: Tensor) -> float:
+    """Divergence on the windows held out; UserError when it is no number."""
+    value = mean_divergence(student, embedded, teacher, job.device)
+    if not math.isfinite(value):
+        raise UserError("distillation diverged; lower its learning rates")
+    return value
 
 
 def load_layer(job: Job, writer: CheckpointWriter, index: int) -> nn.Module:
@@ -98,15 +111,20 @@ def load_layer(job: Job, writer: CheckpointWriter, index: int) -> nn.Module:
 class Keeper:
     """Called after every step: progress, and every few minutes a saved state."""
 
-    def __init__(self, job: Job, writer: CheckpointWriter, layers: list[nn.Module], report: Report) -> None:
+    def __init__(
+        self, job: Job, writer: CheckpointWriter, layers: list[nn.Module], report: Report, before: float
+    ) -> None:
         self._job = job
         self._writer = writer
         self._layers = layers
         self._report = report
+        self._before = before
         self._saved = time.monotonic()
 
     def __call__(self, done: int, loss: float, optimizer: torch.optim.Optimizer) -> None:
-        """``done`` steps are done; ``loss`` is that of the last one."""
+        """``done`` steps are done; ``loss`` is that of the last one. UserError when that is no number."""
+        if not math.isfinite(loss):
+            raise UserError(f"distillation diverged in step {done}; lower its learning rates")
         steps = self._job.recipe.distillation.steps
         self._report(done, steps)
         self._writer.log("distillation", step=done, divergence=round(loss, 5))
@@ -114,7 +132,8 @@ class Keeper:
             self._job.progress.line(f"distillation step {done}/{steps}: divergence {loss:.3f} nats a token")
         if done == steps or time.monotonic() - self._saved > SAVE_SECONDS:
             tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
-            self._writer.save_work("distillation", tensors | trained(self._layers) | {"step": torch.tensor(done)})
+            facts = {"step": torch.tensor(done), "before": torch.tensor(self._before, dtype=torch.float64)}
+            self._writer.save_work("distillation", tensors | trained(self._layers) | facts)
             self._saved = time.monotonic()
 
 
@@ -147,6 +166,7 @@ def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], fa
             tunable = layer.get_submodule(name.removeprefix(prefix + "."))
             assert isinstance(tunable, Tunable)
             linear = tunable.linear()
+            check_scales(name, linear)
             spec, packed = pack(linear)
             check_exact(name, linear.dense(), spec, packed)
             tensors.update({f"{name}.{key}": value.cpu() for key, value in packed.items()})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subbit.calibration.gram import GramCollector
 from subbit.errors import UserError
 from subbit.models.layout import ModelLayout, layer_linears
 from subbit.models.source import ModelSource
@@ -52,6 +53,11 @@ class Job:
     def stored(self, tensor: Tensor) -> Tensor:
         """A tensor that is not compressed, as the checkpoint holds it: on the CPU, in its dtype (GGUF: float16)."""
         return tensor.detach().to("cpu", torch.float16 if self.source.gguf_file else self.source.dtype)
+
+    def collect_grams(self, linears: dict[str, nn.Linear]) -> GramCollector:
+        """Collects the statistics of some linears of a layer while it runs."""
+        calibration = self.recipe.calibration
+        return GramCollector(linears, calibration.clip_norm, calibration.min_expert_tokens)
 
     def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
         """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, a sample at a time."""

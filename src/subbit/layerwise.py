@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,13 +18,14 @@ from subbit.errors import UserError
 from subbit.job import Job
 from subbit.linears import CompressedLinear
 from subbit.methods import METHODS
+from subbit.models.layout import ExpertName
 from subbit.models.streaming import LayerCall
 from subbit.packing.layout import LinearSpec, pack
 from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.reconstruct import reconstruct
 from subbit.tuning.tunable import make_tunable
 
-__all__ = ["compress_layer", "install", "pack_linear"]
+__all__ = ["check_exact", "check_scales", "compress_layer", "install", "pack_linear"]
 
 
 def compress_layer(
@@ -39,8 +41,9 @@ def compress_layer(
     """
     planned: dict[str, str] = writer.state["sparsities"]
     linears = {name: linear for name, linear in job.linears(index).items() if name in planned}
-    with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
+    with job.collect_grams(linears) as grams:
         job.run(index, call, hidden["student"])
+    report_short_experts(job, grams)
     weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     results: dict[str, CompressedLinear] = {}
     dampings: dict[str, float] = {}
@@ -52,7 +55,7 @@ def compress_layer(
             results[name] = run_method(job, name, weights[name], grams.gram(leader), factor, planned[name])
             dampings[name] = factor.damping
             seconds[name] = round(time.monotonic() - started, 3)
-            warn_about(job, name, factor, grams.tokens(leader))
+            warn_about(job, name, factor, grams.tokens(leader) + grams.borrowed(leader))
     facts: dict[str, Any] = {}
     others = job.read_others(f"{job.layout.layer_name(index)}.", {f"{name}.weight" for name in results})
     if job.recipe.reconstruction.steps and results:
@@ -65,10 +68,26 @@ def compress_layer(
             tensors, described[name] = pack_linear(name, results[name], weights[name], grams.gram(leader))
             packed.update(tensors)
             described[name].update(sparsity=planned[name], damping=dampings[name])
-            writer.log("linear", name=name, tokens=grams.tokens(leader), seconds=seconds[name], **described[name])
+            counts = {"tokens": grams.tokens(leader), "borrowed_tokens": grams.borrowed(leader)}
+            writer.log("linear", name=name, **counts, seconds=seconds[name], **described[name])
             linears[name].weight.copy_(results[name].dense())
     facts["linears"] = {name: described[name] for name in linears}
     return packed | others, facts
+
+
+def report_short_experts(job: Job, grams: GramCollector) -> None:
+    """Say how many experts saw too few tokens to be judged by them alone."""
+    names = {leader: parts for leader in grams.shared() if (parts := ExpertName.parse(leader))}
+    for experts in dict.fromkeys(parts.experts for parts in names.values()):
+        leaders = [leader for leader, parts in names.items() if parts.experts == experts]
+        short = {names[leader].number for leader in leaders if grams.borrowed(leader)}
+        if short:
+            fewest = min(grams.tokens(leader) for leader in leaders)
+            count = len({names[leader].number for leader in leaders})
+            job.progress.line(
+                f"{experts}: {len(short)} of {count} experts saw fewer calibration tokens than min_expert_tokens asks "
+                f"for, the least {fewest}; the Gram of all experts makes up for what they lack"
+            )
 
 
 def warn_about(job: Job, name: str, factor: InverseFactor, tokens: int) -> None:
@@ -85,9 +104,14 @@ def run_method(
     """Compress one linear; UserError when the result does not fit in the format."""
     method = METHODS[job.recipe.method]
     result = method.run(weight, gram, factor, Sparsity.parse(sparsity), job.recipe.options)
-    if not bool(result.scales.isfinite().all()):
-        raise UserError(f"{name}: its scales do not fit in float16; the weights are too large for this format")
+    check_scales(name, result)
     return result
+
+
+def check_scales(name: str, linear: CompressedLinear) -> None:
+    """UserError for scales that float16 does not hold."""
+    if not bool(linear.scales.isfinite().all()):
+        raise UserError(f"{name}: its scales do not fit in float16; the weights are too large for this format")
 
 
 def reconstruct_layer(
@@ -102,6 +126,9 @@ def reconstruct_layer(
 
     Returns:
         The tuned linears, the tuned norms by full name in the dtype of the checkpoint, and the error before and after.
+
+    Raises:
+        UserError: the learning rates are too large.
     """
     layer, settings = job.layer(index), job.recipe.reconstruction
     plain = job.linears(index)
@@ -121,11 +148,15 @@ def reconstruct_layer(
         seed=index,
         device=job.device,
     )
+    if not math.isfinite(before + after):
+        raise UserError(f"{prefix}: reconstruction diverged; lower its learning rates")
     norms = {f"{prefix}.{name}": job.stored(norm) for name, norm in tuned_norms(layer).items()}
     for name, norm in tuned_norms(layer).items():
         norm.data.copy_(norms[f"{prefix}.{name}"])
     install(layer, prefix, plain)
     tuned = {name: tunable.linear() for name, tunable in tunables.items()}
+    for name, linear in tuned.items():
+        check_scales(name, linear)
     return tuned, norms, {"before": before, "after": after}
 
 

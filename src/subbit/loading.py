@@ -17,6 +17,7 @@ from subbit.models.source import open_source
 from subbit.packing.accounting import BitCount, LinearCount
 from subbit.packing.spec import LinearSpec
 from subbit.progress import Progress, SilentProgress
+from subbit.runtime.dispatch import choose
 
 __all__ = ["evaluate", "inspect", "load"]
 
@@ -93,7 +94,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         packed), ``header_bytes``; these four add up to ``file_bytes``. ``embeddings``: what the packed embedding and
         head take, what a head is ``tied_to``, why one was ``left_dense``; empty unless the recipe asks for it.
         ``layers``: the decoder layers, each with its ``linears``. ``left_dense``: linears not compressed, and why; they
-        count in all bits.
+        count in all bits. ``backends``: what multiplies with linears of every N:M on the CPU, and why.
     """
     checkpoint = open_checkpoint(directory)
     linears = count_linears(checkpoint)
@@ -120,6 +121,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "embeddings": describe_embeddings(checkpoint, embeddings),
         "layers": describe_layers(checkpoint, linears),
         "left_dense": quantization["left_dense"],
+        "backends": {spec.label: str(choose(spec)) for spec in checkpoint.specs.values()},
     }
 
 

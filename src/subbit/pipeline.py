@@ -80,7 +80,7 @@ def compress(
             plan = make_plan(job, may_be_empty=bool(embeddings.specs))
             check_context(skeleton, recipe.calibration.seq_len)
             windows, origin = collect_windows(job, tokenizer)
-            check_space(Path(out), estimate_bytes(source, windows))
+            check_space(Path(out), estimate_bytes(job, windows))
             with progress.stage("embedding") as report:
                 student, calls = capture_inputs(
                     skeleton, job.layout, quantized_source(job, embeddings), windows, device=job.device, progress=report
@@ -142,12 +142,23 @@ def collect_windows(job: Job, tokenizer: Any) -> tuple[Tensor, str]:
     return windows, origin
 
 
-def estimate_bytes(source: ModelSource, windows: Tensor) -> int:
-    """A safe guess of the disk space that a run needs: the rest of the model, 4 bits a weight, two hidden states."""
+def estimate_bytes(job: Job, windows: Tensor) -> int:
+    """A safe guess of the disk space that a run needs: the rest of the model, 4 bits a weight, two hidden states.
+
+    With a teacher twice as many hidden states. Distillation writes all layers twice and, where it tunes latents, keeps
+    three float32 numbers a weight, in two files while it replaces one by the next.
+    """
+    source, distillation = job.source, job.recipe.distillation
     config = source.config.get_text_config()
-    hidden = 2 * windows.numel() * config.hidden_size * 4
+    hidden = (4 if job.needs_teacher else 2) * windows.numel() * config.hidden_size * 4
     head = 2 * config.vocab_size * config.hidden_size * source.dtype.itemsize
-    return hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
+    needed = hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
+    if distillation.steps:
+        layers = range(job.layout.num_layers)
+        weights = sum(linear.weight.numel() for index in layers for linear in job.linears(index).values())
+        latents = job.recipe.method == "codes" and distillation.latent_rate > 0
+        needed += weights // 2 + (24 * weights if latents else 0)
+    return needed
 
 
 # ---- one decoder layer after the other -------------------------------------------------------------------------------

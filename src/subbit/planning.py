@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
 from subbit.binary.nm import Sparsity
 from subbit.budget import Choice, plan_budget, stored_bytes
-from subbit.calibration.gram import GramCollector
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.models.layout import fused_groups, uncompressed_matrices
+from subbit.models.layout import fused_groups, router_linears, uncompressed_matrices
 from subbit.models.streaming import LayerCall, release
 from subbit.recipe import Recipe
 
@@ -42,7 +42,7 @@ def plan_sparsity(
     if job.recipe.bits is None or not plan.free:
         sparsities.update(allocate_linears(job, plan.free, Sparsity.parse(job.recipe.sparsity), hidden, calls))
     else:
-        choice = Choice.of(job, plan.free, fixed_bytes(job, plan))
+        choice = Choice.of(job, plan.free, fixed_parts(job, plan))
         sparsities.update(plan_budget(job, choice, hidden[: job.recipe.allocation.samples], calls))
     for name, reason in plan.left_dense.items():
         job.progress.line(f"left dense: {name} ({reason})")
@@ -62,11 +62,14 @@ def make_plan(job: Job, may_be_empty: bool = False) -> Plan:
     target = Sparsity.parse(job.recipe.sparsity)
     plan = Plan({}, {}, {})
     for index in range(job.layout.num_layers):
+        routers = {f"{job.layout.layer_name(index)}.{name}" for name in router_linears(job.layer(index))}
         for name, linear in job.linears(index).items():
             wish = job.recipe.sparsity_of(name)
             m = wish.m if isinstance(wish, Sparsity) else smallest_group(job, target)
             if wish == "dense":
                 plan.left_dense[name] = "the recipe says so"
+            elif wish is None and name in routers:
+                plan.left_dense[name] = "it chooses between experts"
             elif linear.in_features % m:
                 plan.left_dense[name] = f"in_features {linear.in_features} is not a multiple of M = {m}"
             elif isinstance(wish, Sparsity):
@@ -80,8 +83,8 @@ def make_plan(job: Job, may_be_empty: bool = False) -> Plan:
         raise UserError(
             f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
         )
-    if job.recipe.bits is not None and plan.free:
-        Choice.of(job, plan.free, fixed_bytes(job, plan))
+    if job.recipe.bits is not None and (plan.free or plan.sparsities or plan.left_dense):
+        Choice.of(job, plan.free, fixed_parts(job, plan))
     return plan
 
 
@@ -90,15 +93,18 @@ def smallest_group(job: Job, target: Sparsity) -> int:
     return target.m if job.recipe.bits is None else 4
 
 
-def fixed_bytes(job: Job, plan: Plan) -> dict[str, int]:
-    """Bytes of the linears that a budget does not decide on, by name: those of overrides, and those left dense."""
+def fixed_parts(job: Job, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Weights and bytes of what a budget does not decide on, by name: overridden linears, and all that stays dense."""
     fixed = {}
     for index in range(job.layout.num_layers):
         for name, linear in job.linears(index).items():
             if name in plan.sparsities:
-                fixed[name] = stored_bytes(linear.weight.shape, plan.sparsities[name], job.recipe.options)
-            elif name in plan.left_dense:
-                fixed[name] = linear.weight.numel() * job.source.dtype.itemsize
+                size = stored_bytes(linear.weight.shape, plan.sparsities[name], job.recipe.options)
+                fixed[name] = linear.weight.numel(), size
+    for name in plan.left_dense:
+        tensor = job.source.tensor(name if name in job.source else f"{name}.weight")
+        size = torch.float16.itemsize if job.source.gguf_file else tensor.element_size()
+        fixed[name] = tensor.numel(), tensor.numel() * size
     return fixed
 
 
@@ -167,7 +173,7 @@ def measured_importance(job: Job, hidden: Tensor, calls: list[LayerCall]) -> dic
         for index in range(job.layout.num_layers):
             layer = job.materialize(index)
             linears = job.linears(index)
-            with GramCollector(linears, job.recipe.calibration.clip_norm) as grams:
+            with job.collect_grams(linears) as grams:
                 output = job.run(index, calls[index], hidden)
             if job.recipe.allocation.kind == "cosine":
                 importance.update(dict.fromkeys(linears, cosine_importance(hidden.flatten(0, 1), output.flatten(0, 1))))

@@ -37,6 +37,9 @@ class Calibration(Section):
     clip_norm: float = Field(
         default=2.0, ge=0
     )  # tokens longer than this multiple of the median count as that long; 0: off
+    min_expert_tokens: float = Field(
+        default=1.0, ge=0
+    )  # an expert with fewer tokens than this multiple of in_features gets statistics of all experts besides; 0: off
 
 
 class Allocation(Section):
@@ -66,7 +69,7 @@ class Distillation(Section):
 
     steps: int = Field(default=0, ge=0)  # of the optimizer; 0: off
     batch: int = Field(default=4, ge=1)  # calibration windows a step
-    latent_rate: float = Field(default=5e-3, ge=0)
+    latent_rate: float = Field(default=0.0, ge=0)  # codes; too high a rate destroys the model (docs/log.md)
     scale_rate: float = Field(default=1e-3, ge=0)
     norm_rate: float = Field(default=1e-3, ge=0)
     held_out: int = Field(default=2, ge=0)  # calibration windows that are only measured
@@ -159,6 +162,11 @@ class Recipe(Section):
         tunes = self.reconstruction.steps or self.distillation.steps
         if tunes and not METHODS[self.method].tunable:
             raise ValueError(f"what {self.method} writes cannot be tuned; leave reconstruction and distillation out")
+        for name in ("reconstruction", "distillation"):
+            section = getattr(self, name)
+            rates = (section.latent_rate if self.method == "codes" else 0, section.scale_rate, section.norm_rate)
+            if section.steps and not any(rates):
+                raise ValueError(f"{name}: with all learning rates at 0 there is nothing to tune; say steps: 0")
         for override in self.overrides.values():
             if override.sparsity is not None:
                 self.options.check(Sparsity.parse(override.sparsity))

@@ -66,12 +66,12 @@ def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> 
 def allocate_bytes(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
     """Which format every unit gets, so that the errors add up to little and the bytes to at most ``budget``.
 
-    Starting from the smallest formats, the step with the largest gain for its bytes is taken as long as one fits; a
-    step may skip formats that gain less for theirs. Ties go to the earlier unit.
+    Starting from the smallest formats, of several the best, the step with the largest gain for its bytes is taken as
+    long as one fits; a step may skip formats that gain less for theirs. Ties go to the earlier unit.
 
     Args:
         errors: of every unit in each of its formats.
-        sizes: bytes, likewise; the first format of a unit is its smallest.
+        sizes: bytes, likewise.
         budget: bytes of all units together.
 
     Returns:
@@ -80,8 +80,8 @@ def allocate_bytes(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[i
     Raises:
         ValueError: even the smallest formats take more than ``budget``.
     """
-    chosen = [0] * len(errors)
-    left = budget - sum(unit[0] for unit in sizes)
+    chosen = [min(zip(size, lost, range(len(size)), strict=True))[2] for size, lost in zip(sizes, errors, strict=True)]
+    left = budget - sum(unit[step] for unit, step in zip(sizes, chosen, strict=True))
     if left < 0:
         raise ValueError(f"the smallest formats take {budget - left} bytes, more than {budget}")
     while True:

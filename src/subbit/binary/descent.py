@@ -16,6 +16,7 @@ __all__ = ["descend", "nearest_codewords", "round_sequentially", "solve_column_s
 
 BLOCK = 128  # columns whose updates are kept back, so that the large matrix is updated by matrix products
 ENTRIES = 1 << 22  # scores in memory at a time
+SMALLEST = 1e-7  # of z H zᵀ, relative to what it was if nothing cancelled: less is noise of float32
 
 
 def nearest_codewords(slope: Tensor, metric: Tensor, row_scales: Tensor, sparsity: Sparsity) -> Tensor:
@@ -24,18 +25,20 @@ def nearest_codewords(slope: Tensor, metric: Tensor, row_scales: Tensor, sparsit
     Args:
         slope: (rows, M), S times the target.
         metric: (M, M), S.
-        row_scales: (rows,) positive.
+        row_scales: (rows,), of any sign.
     """
     words = sign_codebook(sparsity.n, sparsity.m).to(slope.device)
+    size = row_scales.abs()
     energy = ((words @ metric) * words).sum(dim=1)
     best = []
     step = max(1, ENTRIES // len(words))
     for first in range(0, len(slope), step):
         rows = slice(first, first + step)
         product = slope[rows] @ words.T
-        cost = torch.addcmul(product.abs(), energy, row_scales[rows, None], value=-0.5)  # the larger the better
+        cost = torch.addcmul(product.abs(), energy, size[rows, None], value=-0.5)  # the larger the better
         index = cost.argmax(dim=1)
-        sign = torch.where(product.gather(1, index[:, None]) < 0, -1.0, 1.0)
+        negative = (product.gather(1, index[:, None]) < 0) ^ (row_scales[rows, None] < 0)
+        sign = torch.where(negative, -1.0, 1.0)
         best.append(words[index] * sign)
     return torch.cat(best)
 
@@ -100,7 +103,8 @@ def descend(weight: Tensor, gram: Tensor, signs: Tensor, row_scales: Tensor, spa
 def solve_row_scales(weight: Tensor, gram: Tensor, signs: Tensor) -> Tensor:
     """(out,) float32: r_i = z H wᵀ / z H zᵀ, the best scale of every row; 0 for a row without signal."""
     product = signs @ gram
-    return (product * weight).sum(dim=1) / (product * signs).sum(dim=1).clamp_min(1e-30)
+    least = SMALLEST * (signs.square() @ gram.diagonal())
+    return (product * weight).sum(dim=1) / (product * signs).sum(dim=1).maximum(least).clamp_min(1e-30)
 
 
 def solve_column_scales(weight: Tensor, gram: Tensor, scaled: Tensor) -> Tensor:

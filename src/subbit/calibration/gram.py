@@ -1,11 +1,18 @@
-"""Activation statistics of a decoder layer's linears: one Gram matrix for every distinct input."""
+"""Activation statistics of a decoder layer's linears: one Gram matrix for every distinct input.
+
+An expert of a mixture sees only the tokens that the router gives it, perhaps too few to say anything; the tokens of all
+experts of its layer then make up for those that it lacks.
+"""
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+
+from subbit.models.layout import ExpertName
 
 __all__ = ["GramCollector", "clip_token_norms"]
 
@@ -26,14 +33,20 @@ class GramCollector:
     """Collects H = XᵀX / tokens, float32, of every linear while a decoder layer runs; use it as a context manager.
 
     Linears that get the very same input (q, k and v; gate and up) share one Gram.
+
+    Args:
+        min_expert_tokens: an expert that saw fewer tokens than this multiple of its ``in_features`` is short of them,
+            and its Gram is filled up to that number with the mean Gram of all experts' tokens.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], clip_norm: float) -> None:
+    def __init__(self, linears: dict[str, nn.Linear], clip_norm: float, min_expert_tokens: float = 0.0) -> None:
         self._clip_norm = clip_norm
+        self._min_expert_tokens = min_expert_tokens
         self._linears = linears
         self._leaders: dict[str, str] = {}  # linear → the first linear with the same input
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._pools: dict[tuple[str, str], tuple[Tensor, int]] = {}  # sums and tokens over all experts
         self._last: tuple[str, Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -71,12 +84,34 @@ class GramCollector:
         return groups
 
     def tokens(self, leader: str) -> int:
-        """How many tokens the linear saw."""
+        """How many tokens the linear itself saw."""
         return self._tokens.get(leader, 0)
 
+    def borrowed(self, leader: str) -> int:
+        """How many tokens an expert lacks, which the Gram of all experts makes up for; 0 for any other linear."""
+        needed = math.ceil(self._min_expert_tokens * self._linears[leader].in_features)
+        name = ExpertName.parse(leader)
+        if name is None or self.tokens(leader) >= needed or not self._pool(name)[1]:
+            return 0
+        return needed - self.tokens(leader)
+
     def gram(self, leader: str) -> Tensor:
-        """(in, in) float32; zeros for a linear that saw no token."""
-        if leader not in self._sums:
+        """(in, in) float32; zeros for a linear that neither saw nor borrowed a token."""
+        total, tokens, borrowed = self._sums.get(leader), self.tokens(leader), self.borrowed(leader)
+        if total is None:
             size = self._linears[leader].in_features
-            return torch.zeros(size, size, device=self._linears[leader].weight.device)
-        return self._sums[leader] / self._tokens[leader]
+            total = torch.zeros(size, size, device=self._linears[leader].weight.device)
+        name = ExpertName.parse(leader)
+        if name is not None and borrowed:
+            shared, count = self._pool(name)
+            total = total + shared * (borrowed / count)
+        return total / max(tokens + borrowed, 1)
+
+    def _pool(self, name: ExpertName) -> tuple[Tensor, int]:
+        """XᵀX of what all experts of a layer saw in the place of one linear, and how many tokens that is."""
+        if name.pool not in self._pools:
+            others = {other: ExpertName.parse(other) for other in self._leaders}
+            leaders = [self._leaders[other] for other, parts in others.items() if parts and parts.pool == name.pool]
+            total = sum((self._sums[leader] for leader in leaders), torch.zeros(()))
+            self._pools[name.pool] = total, sum(self._tokens[leader] for leader in leaders)
+        return self._pools[name.pool]

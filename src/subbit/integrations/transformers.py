@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from subbit.checkpoint.files import FORMAT_VERSION
 from subbit.checkpoint.reader import Checkpoint, check_format_version, open_checkpoint, read_specs
 from subbit.errors import CheckpointError
+from subbit.models.experts import split_experts
 from subbit.packing.embedding import EmbeddingSpec, PackedEmbeddings
 from subbit.packing.spec import LinearSpec
 from subbit.runtime.embedding import SubbitEmbedding, SubbitHead, TiedHead, embedding_scale
@@ -61,6 +62,8 @@ class SubbitQuantizer(HfQuantizer):
         checkpoint = open_checkpoint(directory_of(checkpoint_files)) if checkpoint_files else None
         if checkpoint:
             checkpoint.check_contents()
+        linears = [*self.quantization_config.linears, *self.quantization_config.left_dense]
+        split_experts(model, linears)
         for name, spec in read_specs(self.quantization_config.linears, "this checkpoint").items():
             replace_linear(model, name, spec)
         replace_embeddings(model, PackedEmbeddings.from_dict(self.quantization_config.embeddings, "this checkpoint"))

@@ -4,18 +4,47 @@ Nothing here knows a model family: the decoder layers are the `ModuleList` that 
 linears are whatever `nn.Linear` the layer holds.
 """
 
+import re
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from subbit.errors import UserError
 
-__all__ = ["ModelLayout", "find_layout", "fused_groups", "layer_linears", "uncompressed_matrices"]
+__all__ = [
+    "ExpertName",
+    "ModelLayout",
+    "find_layout",
+    "fused_groups",
+    "layer_linears",
+    "router_linears",
+    "uncompressed_matrices",
+]
 
 # Serving engines hold each of these as one matrix, so its parts must share one N:M.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
+
+
+class ExpertName(NamedTuple):
+    """The name of a linear of a routed expert; those that differ in the number alone share the tokens of a layer."""
+
+    experts: str  # "….mlp.experts"
+    number: int
+    projection: str  # "up_proj"
+
+    @classmethod
+    def parse(cls, name: str) -> "ExpertName | None":
+        """None for any other linear."""
+        found = _EXPERT.fullmatch(name)
+        return cls(found[1], int(found[2]), found[3]) if found else None
+
+    @property
+    def pool(self) -> tuple[str, str]:
+        """The same for all experts of a layer."""
+        return self.experts, self.projection
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,8 @@ def layer_linears(layer: nn.Module) -> dict[str, nn.Linear]:
 def uncompressed_matrices(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name → shape of each parameter with two or more dimensions that is not the weight of an `nn.Linear`.
 
-    These stay dense (3-D stacks of experts, routers that are bare parameters, convolutions) and have to be listed.
+    These stay dense (routers that are bare parameters, convolutions, 3-D stacks of experts in a layout that
+    `split_experts` does not know) and have to be listed.
     """
     weights = {id(linear.weight) for linear in layer_linears(layer).values()}
     return {
@@ -69,6 +99,24 @@ def uncompressed_matrices(layer: nn.Module) -> dict[str, tuple[int, ...]]:
         for name, parameter in layer.named_parameters()
         if parameter.dim() >= 2 and id(parameter) not in weights
     }
+
+
+def router_linears(layer: nn.Module) -> set[str]:
+    """Linears of a decoder layer that choose or weigh experts, and should stay dense: they are small and decisive.
+
+    Those beside a module `experts` with a number for every expert, or a single one (the gate of a shared expert).
+    """
+    found = set()
+    for path, block in layer.named_modules():
+        experts = getattr(block, "experts", None)
+        if not isinstance(experts, nn.Module):
+            continue
+        sizes = (1, len(experts) if isinstance(experts, nn.ModuleList) else getattr(experts, "num_experts", 1))
+        for name, linear in layer_linears(block).items():
+            leaf = name.rpartition(".")[2]
+            if not name.startswith("experts.") and linear.out_features in sizes and leaf not in sum(_FUSED, ()):
+                found.add(f"{path}.{name}" if path else name)
+    return found
 
 
 def fused_groups(names: list[str]) -> list[list[str]]:

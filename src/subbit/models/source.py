@@ -2,8 +2,9 @@
 
 A source is a directory of safetensors files, a model on the Hugging Face hub, or a GGUF file. Safetensors are read
 lazily by name, so that a model larger than memory can be walked through layer by layer; GGUF files, and checkpoints
-that transformers renames or merges while loading (mixtures of experts), have to be held in memory as a whole, and
-`ModelSource.note` then says so. Pickled weights are never read.
+that transformers renames or merges while loading, have to be held in memory as a whole, and `ModelSource.note` then
+says so. Experts are read one by one, as most checkpoints store them (`models/experts.py`); a checkpoint that has them
+as 3-D parameters is one of those held in memory. Pickled weights are never read.
 """
 
 import copy
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from subbit.errors import UserError
+from subbit.models.experts import RoutedExperts, split_experts
 
 __all__ = ["ModelSource", "open_source"]
 
@@ -40,6 +42,8 @@ _HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.ti
 # Second copies of the weights that some repositories carry for other programs.
 _HUB_SKIP = ("original/*", "onnx/*", "consolidated*.safetensors")
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "tekken.json", "*.tiktoken")
+# How Mixtral's own checkpoints, and those of the families after it, spell what transformers now calls otherwise.
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -137,7 +141,10 @@ class ModelSource:
         return replace(self, _store=_ReplacingStore(self._store, replaced))
 
     def skeleton(self) -> PreTrainedModel:
-        """A new model without memory: every parameter and buffer on the meta device (float32), in eval mode."""
+        """A new model without memory: every parameter and buffer on the meta device (float32), in eval mode.
+
+        Its experts are `RoutedExperts` wherever they can be.
+        """
         return _build_skeleton(self.config, self.trust_remote_code)
 
     def initialiser(self, module_path: str) -> PreTrainedModel:
@@ -337,6 +344,7 @@ def _build_skeleton(config: PreTrainedConfig, trust_remote_code: bool) -> PreTra
             )
     except Exception as error:  # a bad config or remote code may raise anything
         raise UserError(f"transformers cannot build this {config.model_type} model: {_first_line(error)}") from error
+    split_experts(model)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -349,11 +357,14 @@ def _match_names(
     """Module name → stored name, and the parameters that the checkpoint does not have under any name.
 
     A checkpoint of the base model, or of another transformers version, may lack or carry the base-model prefix.
-    Persistent buffers that are not stored are no loss: they can be initialised.
+    Persistent buffers that are not stored are no loss, they can be initialised, except beside experts: there, one may
+    be a correction of the router, stored under a name that only transformers knows.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
+    needed = {**parameters, **state} if any(isinstance(m, RoutedExperts) for m in model.modules()) else parameters
     stored_names: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         stored = next((c for c in _spellings(name, model.base_model_prefix) if c in info), None)
         if stored is None or info[stored].shape != tuple(tensor.shape):
             continue
@@ -363,12 +374,15 @@ def _match_names(
             )
         stored_names[name] = stored
     _alias_tied(parameters, stored_names)
-    return stored_names, [name for name in parameters if name not in stored_names]
+    return stored_names, [name for name in needed if name not in stored_names]
 
 
-def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
+def _spellings(name: str, base_prefix: str) -> list[str]:
+    """Names that a checkpoint may store a tensor under, the likeliest first."""
     prefix = f"{base_prefix}."
-    return (name, name.removeprefix(prefix), prefix + name)
+    expert = re.sub(r"(\.experts\.\d+\.)(\w+)", lambda found: found[1] + _MIXTRAL.get(found[2], found[2]), name)
+    forms = dict.fromkeys((name, expert, expert.replace(".mlp.", ".block_sparse_moe.")))
+    return [spelling for form in forms for spelling in (form, form.removeprefix(prefix), prefix + form)]
 
 
 def _alias_tied(parameters: Mapping[str, nn.Parameter], stored_names: dict[str, str]) -> None:
@@ -434,6 +448,7 @@ def _open_whole(directory: Path, gguf_file: str | None, trust_remote_code: bool)
     where = directory / gguf_file if gguf_file else directory
     if missing:
         raise UserError(f"{where} lacks {len(missing)} parameters of the model, e.g. {missing[0]}; download it again")
+    split_experts(model)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
     tensors |= {name: buffers[name] for name in model.state_dict() if name in buffers}

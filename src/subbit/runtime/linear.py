@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from subbit.packing.codes import CodesSpec
 from subbit.packing.spec import LinearSpec
+from subbit.runtime import native
+from subbit.runtime.dispatch import choose
 from subbit.runtime.reference import packed_linear
 
 __all__ = ["PackedModule", "SubbitLinear"]
+
+
+PREPARING = Lock()
+
+
+def codes_spec(spec: LinearSpec) -> CodesSpec:
+    """The description of a linear that native kernels run."""
+    assert isinstance(spec, CodesSpec)
+    return spec
 
 
 class PackedModule(nn.Module):
@@ -42,17 +55,71 @@ class PackedModule(nn.Module):
 
 
 class SubbitLinear(PackedModule):
-    """A linear with a packed weight."""
+    """A linear with a packed weight.
+
+    On first use on the CPU, codewords are moved into the order in which the native kernels read them. They are then in
+    memory in this order only: the buffer ``codes`` is empty, and whoever asks for the stored tensors, by
+    :meth:`packed`, the state dict or a move to another device, gets them rebuilt.
+    """
 
     def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
         super().__init__(spec, device)
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.register_parameter("bias", bias)
+        self._native: Tensor | None = None  # no buffer: nothing may save or cast it
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) → (..., out), dtype of ``inputs``."""
-        return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
+        needs_grad = inputs.requires_grad and torch.is_grad_enabled()
+        kept = self._native
+        if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self.get_buffer("codes").numel():
+            if choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name != "native":
+                return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
+            kept = self.prepare()
+        return native.linear(inputs, codes_spec(self.spec), kept, self._parameters["bias"])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def prepare(self) -> Tensor:
+        """The weight as the native kernels read it, made if need be; CheckpointError as in :func:`native.repack`."""
+        with PREPARING:
+            codes = self.get_buffer("codes")
+            if self._native is None or codes.numel():
+                self._native = native.repack(codes_spec(self.spec), super().packed())
+                self._buffers["codes"] = codes.new_empty(0)
+            return self._native
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        tensors = super().packed()
+        if self._native is not None and not tensors["codes"].numel():
+            tensors["codes"] = native.stored_codes(codes_spec(self.spec), self._native)
+        return tensors
+
+    def release(self) -> None:
+        """Have the stored tensors as buffers again, and no others."""
+        with PREPARING:
+            self._buffers["codes"], self._native = self.packed()["codes"], None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self._native is not None:
+            self.release()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is copied or pickled is what is stored: the other side may have no native kernels.
+        buffers = {**self._buffers, "codes": self.packed()["codes"]}
+        return {**self.__dict__, "_buffers": buffers, "_native": None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._native is not None:
+            destination[f"{prefix}codes"] = self.packed()["codes"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._native is not None:
+            self.release()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from subbit.models.streaming import LayerCall, run_layer
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
 
-__all__ = ["Student", "distill", "divergence"]
+__all__ = ["Student", "distill", "divergence", "mean_divergence", "optimizer_tensors"]
 
 CHUNK = 256  # positions whose logits are in memory at a time
 
@@ -52,9 +52,10 @@ def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> 
         gradient: whether to compute it; the logits exist only a chunk of positions at a time either way.
     """
     mine = student.detach().flatten(0, -2)
+    positions = min(CHUNK, student.shape[-2])  # no more than a window: the model may have no more
     total = 0.0
     slopes = []
-    for part, target in zip(mine.split(CHUNK), teacher.flatten(0, -2).split(CHUNK), strict=True):
+    for part, target in zip(mine.split(positions), teacher.flatten(0, -2).split(positions), strict=True):
         with torch.no_grad():
             wanted = head(target[None]).float().log_softmax(-1)
         with torch.set_grad_enabled(gradient):
@@ -74,33 +75,26 @@ def distill(
     *,
     steps: int,
     batch: int,
-    held_out: int,
     rates: Rates,
     seed: int,
     device: torch.device,
     start: int = 0,
     optimizer_state: dict[str, Tensor] | None = None,
     after_step: Callable[[int, float, torch.optim.Optimizer], None] | None = None,
-) -> tuple[float, float]:
+) -> None:
     """Tune scales, norms and latents of all decoder layers, in place.
 
     Args:
         embedded: (samples, seq_len, hidden) float32, what enters the first decoder layer.
         teacher: the same shape, what leaves the teacher's last one.
         batch: windows a step.
-        held_out: windows at the end that are only measured.
         start: steps that an earlier, interrupted run has done.
         after_step: called with the number of steps done, the step's divergence and the optimizer.
-
-    Returns:
-        Divergence on the windows held out before and after, nats a token.
     """
-    train = len(embedded) - held_out
     optimizer = make_optimizer(student.layers, rates)
     if optimizer_state is not None:
         load_optimizer(optimizer, optimizer_state)
-    before = held_out_divergence(student, embedded[train:], teacher[train:], device)
-    order = window_order(train, steps * batch, seed)
+    order = window_order(len(embedded), steps * batch, seed)
     for step in range(start, steps):
         chosen = order[step * batch : (step + 1) * batch]
         set_rate(optimizer, step, steps)
@@ -112,7 +106,6 @@ def distill(
         optimizer.step()
         if after_step is not None:
             after_step(step + 1, loss, optimizer)
-    return before, held_out_divergence(student, embedded[train:], teacher[train:], device)
 
 
 def window_order(windows: int, draws: int, seed: int) -> Tensor:
@@ -122,8 +115,8 @@ def window_order(windows: int, draws: int, seed: int) -> Tensor:
     return torch.cat([torch.randperm(windows, generator=generator) for _ in range(passes)])[:draws]
 
 
-def held_out_divergence(student: Student, embedded: Tensor, teacher: Tensor, device: torch.device) -> float:
-    """Mean divergence over windows, one at a time."""
+def mean_divergence(student: Student, embedded: Tensor, teacher: Tensor, device: torch.device) -> float:
+    """Mean divergence over windows, one at a time, in nats a token; 0 for none."""
     with torch.no_grad():
         values = [
             divergence(student.run(one[None].to(device)), other[None].to(device), student.head, gradient=False)[0]
@@ -135,8 +128,12 @@ def held_out_divergence(student: Student, embedded: Tensor, teacher: Tensor, dev
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """Fill the moments of AdamW from :func:`optimizer_tensors`."""
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        optimizer.state[parameter] = {
+        moments = {
             key: state[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in state
+        }
+        # AdamW wants its count of steps on the CPU
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
         }
 
 

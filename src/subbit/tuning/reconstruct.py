@@ -21,7 +21,7 @@ __all__ = ["reconstruct", "token_weights"]
 def token_weights(targets: Tensor, exponent: float) -> Tensor:
     """(...): weights of tokens with ``targets`` (..., hidden), so that Σ weight · ‖error‖² is a relative error.
 
-    (‖t‖ / median)^exponent / ‖t‖², divided by the mean of the first factor: with exponent 0 every token counts by its
+    (‖t‖ / median)^exponent / ‖t‖², divided by the sum of the first factor: with exponent 0 every token counts by its
     relative error, with exponent 2 it is the mean square error relative to that of the targets.
     """
     norm = targets.norm(dim=-1).clamp_min(1e-6)
@@ -48,7 +48,7 @@ def reconstruct(
     Args:
         inputs: (samples, seq_len, hidden) float32, what enters the layer in the student.
         targets: the same shape, what leaves it in the teacher.
-        batch: windows a step.
+        batch: windows a step; where there are fewer, some come twice.
         seed: of the order of the windows.
 
     Returns:
@@ -61,7 +61,7 @@ def reconstruct(
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():
         for step in range(steps):
-            if len(order) < batch:
+            while len(order) < batch:
                 order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
             chosen, order = order[:batch], order[batch:]
             set_rate(optimizer, step, steps)

@@ -18,6 +18,7 @@ from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear, l
 __all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable"]
 
 BOUNDARY = 0.5  # between pruned and kept latents at the start, in units of the scales
+MARGIN = 0.1  # of a chosen codeword: one noisy step of the optimizer must not flip what descent has found
 LARGEST_LATENT = 2.0  # at the start: outliers must stay within reach of the optimizer
 
 
@@ -106,8 +107,8 @@ def start_latent(linear: CodesLinear, weight: Tensor) -> Tensor:
     if linear.column_scales is not None:
         scale = scale * linear.column_scales.float()
     relative = weight / torch.where(scale.abs() < 1e-12, 1.0, scale)
-    kept = linear.signs * (relative * linear.signs).clamp(BOUNDARY * 1.02, LARGEST_LATENT)
-    return torch.where(linear.signs != 0, kept, relative.clamp(-BOUNDARY, BOUNDARY))
+    kept = linear.signs * (relative * linear.signs).clamp(BOUNDARY + MARGIN, LARGEST_LATENT)
+    return torch.where(linear.signs != 0, kept, relative.clamp(MARGIN - BOUNDARY, BOUNDARY - MARGIN))
 
 
 def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:

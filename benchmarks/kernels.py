@@ -1,0 +1,217 @@
+"""Products with packed linears against torch and against the speed of memory.
+
+    python benchmarks/kernels.py --quick --json FILE                    # 11008 × 4096, batch 1, all threads: a minute
+    python benchmarks/kernels.py --json FILE                            # every shape, thread count and batch
+
+Weights are streamed: every call takes another copy, and the copies together are several times the last-level cache. All
+contenders take turns, a call each, and a figure is the median of its calls. The memory bound of a product is the time
+in which the same threads read as many bytes as the kernel reads, measured in the same turns; `ratio_to_bound` is the
+product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
+with eight channels fifty times as large as the others, against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from subbit.packing.codec import codeword_bits, pack_bits
+from subbit.packing.codes import CodesSpec
+from subbit.runtime import native
+
+KINDS = ["2:8", "1:8", "4:8", "3:8", "1:4", "2:16", "3:16"]
+SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
+BATCHES = [1, 8, 32, 512]
+
+
+@dataclass
+class Contender:
+    """Something that is timed; every call gets the number of the copy that it reads."""
+
+    call: Callable[[int], Any]
+    copies: int
+    seconds: list[float] = field(default_factory=list)
+    calls: int = 0
+
+    def run(self) -> None:
+        """One timed call on the next copy."""
+        started = time.perf_counter()
+        self.call(self.calls % self.copies)
+        self.seconds.append(time.perf_counter() - started)
+        self.calls += 1
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call."""
+        return statistics.median(self.seconds)
+
+
+def cache_bytes() -> int:
+    """Of the last-level cache; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+def copies_for(size: int) -> int:
+    """How many copies are four times the cache."""
+    return max(2, -(-4 * cache_bytes() // size))
+
+
+def processor() -> str:
+    """What the machine calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def random_codes(kind: str, rows: int, columns: int, generator: torch.Generator) -> tuple[CodesSpec, Tensor]:
+    """A linear of random codewords, repacked."""
+    n, m = map(int, kind.split(":"))
+    spec = CodesSpec(rows, columns, n, m, True)
+    words = torch.randint(comb(m, n) << n, (rows, columns // m), generator=generator)
+    tensors = {
+        "codes": torch.cat([pack_bits(part, codeword_bits(n, m)) for part in words.split(512)]),
+        "row_scales": torch.rand(rows, generator=generator).half(),
+        "column_scales": (torch.rand(columns, generator=generator) + 0.5).half(),
+    }
+    return spec, native.repack(spec, tensors)
+
+
+def error_of(spec: CodesSpec, packed: Tensor, generator: torch.Generator) -> float:
+    """Relative error with outlier channels, on the first thousand rows."""
+    inputs = torch.randn(4, spec.in_features, generator=generator)
+    inputs[:, torch.randperm(spec.in_features, generator=generator)[:8]] *= 50
+    rows = slice(0, min(1024, spec.out_features))
+    expected = inputs.double() @ native.decode(spec, packed, rows).double().T
+    output = native.linear(inputs, spec, packed, None)[:, rows].double()
+    return float((output - expected).norm() / expected.norm())
+
+
+def dense_call(inputs: Tensor, weights: list[Tensor]) -> Callable[[int], Tensor]:
+    """A product by torch."""
+    return lambda copy: torch.nn.functional.linear(inputs, weights[copy])
+
+
+def packed_call(inputs: Tensor, spec: CodesSpec, packed: list[Tensor]) -> Callable[[int], Tensor]:
+    """A product by a native kernel."""
+    return lambda copy: native.linear(inputs, spec, packed[copy], None)
+
+
+def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+    """All contenders on one shape, thread count and batch."""
+    rows, columns = map(int, shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    torch.set_num_threads(threads)
+    inputs = torch.randn(batch, columns, generator=generator)
+    contenders: dict[str, Contender] = {}
+    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
+        weight = torch.randn(rows, columns, generator=generator).to(dtype)
+        given = inputs.to(dtype)
+        weights = [weight, *(weight.clone() for _ in range(copies_for(weight.nbytes) - 1))]
+        contenders[name] = Contender(dense_call(given, weights), len(weights))
+    errors, sizes = {}, {}
+    for kind in kinds:
+        spec, packed = random_codes(kind, rows, columns, generator)
+        errors[kind], sizes[kind] = error_of(spec, packed, generator), packed.nbytes
+        all_packed = [packed, *(packed.clone() for _ in range(copies_for(packed.nbytes) - 1))]
+        contenders[kind] = Contender(packed_call(inputs, spec, all_packed), len(all_packed))
+    chunk = 16 << 20
+    memory = [torch.zeros(chunk, dtype=torch.uint8) for _ in range(copies_for(chunk))]
+    contenders["memory"] = Contender(lambda i: native.read_memory(memory[i]), len(memory))
+
+    for contender in contenders.values():
+        contender.run()
+        contender.seconds.clear()
+    started = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 5 and time.perf_counter() - started > seconds:
+            break
+        for contender in contenders.values():
+            contender.run()
+
+    bandwidth = chunk / contenders["memory"].median
+    fp32, bf16 = contenders["torch fp32"].median, contenders["torch bf16"].median
+    return {
+        "shape": shape,
+        "threads": threads,
+        "batch": batch,
+        "memory_gb_per_s": bandwidth / 1e9,
+        "torch_fp32_us": fp32 * 1e6,
+        "torch_bf16_us": bf16 * 1e6,
+        "kernels": {
+            kind: {
+                "us": contenders[kind].median * 1e6,
+                "bits_per_weight_read": 8 * sizes[kind] / (rows * columns),
+                "ratio_to_bound": contenders[kind].median * bandwidth / sizes[kind],
+                "speedup_vs_torch_fp32": fp32 / contenders[kind].median,
+                "speedup_vs_torch_bf16": bf16 / contenders[kind].median,
+                "relative_error": errors[kind],
+            }
+            for kind in kinds
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table."""
+    title = f"{result['shape']}, batch {result['batch']}, {result['threads']} threads, {native.variant()}; "
+    title += f"memory {result['memory_gb_per_s']:.1f} GB/s, torch fp32 {result['torch_fp32_us']:.0f} µs, "
+    title += f"bf16 {result['torch_bf16_us']:.0f} µs"
+    table = Table("N:M", "bits read", "µs", "÷ bound", "× fp32", "× bf16", "error", title=title, title_justify="left")
+    for kind, row in result["kernels"].items():
+        table.add_row(
+            kind,
+            f"{row['bits_per_weight_read']:.3f}",
+            f"{row['us']:.0f}",
+            f"{row['ratio_to_bound']:.2f}",
+            f"{row['speedup_vs_torch_fp32']:.1f}",
+            f"{row['speedup_vs_torch_bf16']:.1f}",
+            f"{row['relative_error']:.1e}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line, measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="11008x4096, batch 1, all threads, under a minute")
+    parser.add_argument("--json", type=Path, help="keep the figures here")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--threads", nargs="+", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=15, help="of the turns of one table, five turns at least")
+    options = parser.parse_args()
+    everyone = torch.get_num_threads()
+    threads = options.threads or ([everyone] if options.quick else sorted({1, everyone}))
+    shapes, batches = (SHAPES[:1], [1]) if options.quick else (options.shapes, options.batches)
+    results = []
+    with torch.inference_mode():
+        for shape in shapes:
+            for batch in batches:
+                for count in threads:
+                    results.append(measure(shape, count, batch, options.kinds, options.rounds, options.seconds))
+                    show(results[-1])
+    if options.json:
+        machine = {"cpu": processor(), "isa": native.variant(), "torch": torch.__version__, "cache": cache_bytes()}
+        quick = {**results[0]["kernels"], "machine": machine, **results[0]}
+        kept = quick if options.quick else {"machine": machine, "results": results}
+        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""compare(): results of sweeps, or finished checkpoints, as one table and as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from subbit.checkpoint.files import write_text
+from subbit.comparison.figures import check_matplotlib, draw
+from subbit.comparison.rows import read_sections
+from subbit.comparison.tables import markdown
+from subbit.errors import UserError
+
+__all__ = ["TABLE_FILE", "compare"]
+
+TABLE_FILE = "comparison.md"
+
+
+def compare(
+    sources: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    figures: bool = True,
+    published: str | Path | None = None,
+) -> str:
+    """Put results of sweeps, or finished checkpoints, beside each other.
+
+    Args:
+        sources: results files of :func:`subbit.sweep`, directories of compressed checkpoints, or both.
+        out: a directory for the table (comparison.md) and the figures (SVG and PNG); None: only the return value.
+        figures: draw them; needs matplotlib.
+        published: a JSON file like docs/results/published.json, drawn in a second panel.
+
+    Returns:
+        The table, Markdown.
+
+    Raises:
+        UserError: a source that is neither, nothing to compare yet, no matplotlib.
+    """
+    sections = read_sections([Path(source) for source in sources])
+    table = markdown(sections)
+    if out is None:
+        return table
+    if figures:
+        check_matplotlib()
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    write_text(out / TABLE_FILE, table)
+    if figures:
+        draw(sections, out, Path(published) if published else None)
+    return table

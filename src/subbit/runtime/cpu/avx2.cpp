@@ -1,0 +1,257 @@
+// AVX2: one `pshufb` looks 32 rows (or 16 rows, twice) up in a table of 16 bytes.
+//
+// Bytes of two or three look-ups are added as bytes, then widened. Neighbouring bytes of `pair` are the two symbols of
+// one row, and `pmaddubsw` adds them while it widens. In the other layouts they are different rows: an accumulator takes
+// both as one 16-bit number, another the upper one alone, and the lower one is their difference.
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "tables.hpp"
+
+namespace subbit {
+namespace {
+
+// How far ahead of the reads memory is fetched: the hardware alone stops at the end of a page.
+constexpr int kAhead = 8192;
+
+inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i load_table(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
+inline __m256i low_nibble(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline __m256i high_nibble(__m256i x) { return low_nibble(_mm256_srli_epi16(x, 4)); }
+
+inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), x); }
+inline float largest_lane(__m256 x) {
+    float lanes[8], largest = 0;
+    _mm256_storeu_ps(lanes, x);
+    for (const float lane : lanes) largest = lane > largest ? lane : largest;
+    return largest;
+}
+
+// The 16 entries of a table, in 32 bits, as bytes of its two planes.
+template <int radix>
+inline void put(uint8_t* table, __m256i first, __m256i second) {
+    // Packing works within halves of a vector; the permutation puts the quarters in order again.
+    const __m256i values = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
+    // value / radix, exact below 2^14: the multiplier is 2^22 / radix, rounded up.
+    const auto multiplier = static_cast<short>(((1 << 22) + radix - 1) / radix);
+    const __m256i high = _mm256_srli_epi16(_mm256_mulhi_epu16(values, _mm256_set1_epi16(multiplier)), 6);
+    const __m256i low = _mm256_sub_epi16(values, _mm256_mullo_epi16(high, _mm256_set1_epi16(radix)));
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), bytes);
+}
+
+float build_symbols(const float* x, int groups, uint8_t* tables) {
+    __m256 most = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
+    const float largest = largest_lane(most), limit = kSymbolGrid.zero - 1;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
+    const __m256i zero = _mm256_set1_epi32(kSymbolGrid.zero);
+    for (int g = 0; g < groups; g++, x += 8, tables += 32) {
+        const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
+        put<kSymbolGrid.radix>(tables, _mm256_sub_epi32(zero, q), _mm256_add_epi32(zero, q));
+    }
+    return largest / limit;
+}
+
+// The 16 sums of `columns` inputs with the signs that the factors say, as integers.
+struct Sums {
+    __m256i first, second;
+
+    template <int columns>
+    static Sums of(const float* x, __m256 inverse, const float (*factors)[16]) {
+        __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
+        for (int j = 0; j < columns; j++) {
+            const __m256 a = _mm256_broadcast_ss(x + j);
+            first = _mm256_fmadd_ps(a, _mm256_loadu_ps(factors[j]), first);
+            second = _mm256_fmadd_ps(a, _mm256_loadu_ps(factors[j] + 8), second);
+        }
+        return {_mm256_cvtps_epi32(_mm256_mul_ps(first, inverse)), _mm256_cvtps_epi32(_mm256_mul_ps(second, inverse))};
+    }
+    void put_plus(uint8_t* table) const {
+        const __m256i zero = _mm256_set1_epi32(kSignGrid.zero);
+        put<kSignGrid.radix>(table, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
+    }
+    void put_minus(uint8_t* table) const {
+        const __m256i zero = _mm256_set1_epi32(kSignGrid.zero);
+        put<kSignGrid.radix>(table, _mm256_sub_epi32(zero, first), _mm256_sub_epi32(zero, second));
+    }
+};
+
+// Four tables a group: t in columns 0-3, t in columns 4-7, s, and s negated.
+float build_signs(const float* x, int groups, uint8_t* tables) {
+    float most = 0;
+    for (int g = 0; g < groups; g++) {
+        const __m256 all = magnitude(_mm256_loadu_ps(x + 8 * g));
+        __m128 sum = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+        sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        const float whole = _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+        most = whole > most ? whole : most;
+    }
+    const float largest = 0.5F * most, limit = kSignGrid.zero;  // no sum of a table is larger
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
+    for (int g = 0; g < groups; g++, x += 8, tables += 128) {
+        Sums::of<4>(x, inverse, kFactors.half).put_plus(tables);
+        Sums::of<4>(x + 4, inverse, kFactors.half).put_plus(tables + 32);
+        const Sums s = Sums::of<8>(x, inverse, kFactors.hadamard);
+        s.put_plus(tables + 64);
+        s.put_minus(tables + 96);
+    }
+    return largest / limit;
+}
+
+float build_avx2(Layout layout, const float* inputs, int groups, uint8_t* tables) {
+    return has_symbols(layout) ? build_symbols(inputs, groups, tables) : build_signs(inputs, groups, tables);
+}
+
+// sums[0..15] += step * (low + radix * high - zero), of 16 rows in 16 bits.
+template <int radix>
+inline void flush(__m256i low, __m256i high, __m256i zero, __m256 step, float* sums) {
+    const __m256i factor = _mm256_set1_epi32(radix << 16 | 1);
+    const __m256i halves[2] = {_mm256_unpacklo_epi16(low, high), _mm256_unpackhi_epi16(low, high)};
+    for (int i = 0; i < 2; i++) {
+        const __m256i whole = _mm256_sub_epi32(_mm256_madd_epi16(halves[i], factor), zero);
+        float* out = sums + 8 * i;
+        _mm256_storeu_ps(out, _mm256_fmadd_ps(step, _mm256_cvtepi32_ps(whole), _mm256_loadu_ps(out)));
+    }
+}
+
+// The sums of 32 rows in bytes, gathered in 16 bits.
+struct Wide {
+    __m256i both = _mm256_setzero_si256(), upper = _mm256_setzero_si256();
+
+    void add(__m256i bytes) {
+        both = _mm256_add_epi16(both, bytes);
+        upper = _mm256_add_epi16(upper, _mm256_srli_epi16(bytes, 8));
+    }
+    __m256i lower() const { return _mm256_sub_epi16(both, _mm256_slli_epi16(upper, 8)); }
+};
+
+template <int radix>
+inline void flush(const Wide& low, const Wide& high, __m256i zero, __m256 step, float* sums) {
+    flush<radix>(low.lower(), high.lower(), zero, step, sums);
+    flush<radix>(low.upper, high.upper, zero, step, sums + 16);
+}
+
+// Each of these takes half of a tile's rows: more sums at a time do not fit the registers, nor do they when a compiler
+// merges two of them.
+template <int half>
+[[gnu::noinline]] void add_single(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                  float* sums) {
+    Wide low, high;
+    codes += 32 * half;
+    for (int g = 0; g < groups; g += 2, tables += 64, codes += 64) {
+        if (half == 0) fetch(codes);
+        const __m256i code = load(codes), a = low_nibble(code), b = high_nibble(code);
+        low.add(_mm256_add_epi8(_mm256_shuffle_epi8(load_table(tables), a),
+                                _mm256_shuffle_epi8(load_table(tables + 32), b)));
+        high.add(_mm256_add_epi8(_mm256_shuffle_epi8(load_table(tables + 16), a),
+                                 _mm256_shuffle_epi8(load_table(tables + 48), b)));
+    }
+    flush<kSymbolGrid.radix>(low, high, zero, step, sums + 32 * half);
+}
+
+template <int half>
+[[gnu::noinline]] void add_pair(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                  float* sums) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    __m256i low[2] = {}, high[2] = {};
+    codes += 64 * half;
+    for (int g = 0; g < groups; g += 2, tables += 64, codes += 128) {
+        const __m256i low0 = load_table(tables), high0 = load_table(tables + 16);
+        const __m256i low1 = load_table(tables + 32), high1 = load_table(tables + 48);
+        fetch(codes);
+        for (int v = 0; v < 2; v++) {
+            const __m256i code = load(codes + 32 * v), a = low_nibble(code), b = high_nibble(code);
+            const __m256i l = _mm256_add_epi8(_mm256_shuffle_epi8(low0, a), _mm256_shuffle_epi8(low1, b));
+            const __m256i h = _mm256_add_epi8(_mm256_shuffle_epi8(high0, a), _mm256_shuffle_epi8(high1, b));
+            low[v] = _mm256_add_epi16(low[v], _mm256_maddubs_epi16(l, ones));
+            high[v] = _mm256_add_epi16(high[v], _mm256_maddubs_epi16(h, ones));
+        }
+    }
+    for (int v = 0; v < 2; v++) flush<kSymbolGrid.radix>(low[v], high[v], zero, step, sums + 32 * half + 16 * v);
+}
+
+template <Layout layout, int half>
+[[gnu::noinline]] void add_signs(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                  float* sums) {
+    constexpr bool negatives = layout == Layout::quad;
+    Wide low, high;
+    for (int unit = 0; unit < groups; unit += 8, codes += unit_bytes(layout)) {
+        const uint8_t* mine = codes + 32 * half;
+        __m256i negative{};  // the uppermost bit of a byte decides
+        if (negatives) negative = load(mine + 768);
+        for (int line = 0; half == 0 && line < unit_bytes(layout) / 64; line++) fetch(codes + 64 * line);
+        for (int j = 0; j < 8; j++, tables += 128) {
+            const __m256i t = load(mine + 64 * j), s2 = load(mine + 512 + j / 2 * 64);
+            const __m256i a = low_nibble(t), b = high_nibble(t), s = j % 2 ? high_nibble(s2) : low_nibble(s2);
+            const auto sum = [&](int plane) {
+                __m256i third = _mm256_shuffle_epi8(load_table(tables + 64 + plane), s);
+                if (negatives) {
+                    const __m256i minus = _mm256_shuffle_epi8(load_table(tables + 96 + plane), s);
+                    third = _mm256_blendv_epi8(third, minus, negative);
+                }
+                const __m256i first = _mm256_shuffle_epi8(load_table(tables + plane), a);
+                const __m256i second = _mm256_shuffle_epi8(load_table(tables + 32 + plane), b);
+                return _mm256_add_epi8(_mm256_add_epi8(first, second), third);
+            };
+            low.add(sum(0));
+            high.add(sum(16));
+            negative = _mm256_add_epi8(negative, negative);
+        }
+    }
+    flush<kSignGrid.radix>(low, high, zero, step, sums + 32 * half);
+}
+
+template <Layout layout>
+using Constant = std::integral_constant<Layout, layout>;
+
+// All chunks of a tile.
+template <Layout layout, class Add>
+void add_tile(const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums, Add add) {
+    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
+        const int count = in_chunk(groups, chunk);
+        const __m256i zero = _mm256_set1_epi32(count * entries(layout) * grid_of(layout).zero);
+        add(codes, tables, count, zero, _mm256_set1_ps(steps[chunk]), sums);
+        codes += chunk_codes(layout);
+        tables += chunk_tables(layout);
+    }
+}
+
+void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
+              float* sums) {
+    constexpr Layout triple = Layout::triple, quad = Layout::quad;
+    const auto add_all = [&](auto constant, auto add) {
+        add_tile<decltype(constant)::value>(codes, tables, groups, steps, sums, add);
+    };
+    if (layout == Layout::single) {
+        add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
+    } else if (layout == Layout::pair) {
+        add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
+    } else if (layout == triple) {
+        add_all(Constant<triple>(), [](auto... a) { add_signs<triple, 0>(a...), add_signs<triple, 1>(a...); });
+    } else {
+        add_all(Constant<quad>(), [](auto... a) { add_signs<quad, 0>(a...), add_signs<quad, 1>(a...); });
+    }
+}
+
+uint64_t read_avx2(const uint8_t* bytes, size_t count) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (size_t at = 0; at + 64 <= count; at += 64) {
+        fetch(bytes + at);
+        a = _mm256_xor_si256(a, load(bytes + at));
+        b = _mm256_xor_si256(b, load(bytes + at + 32));
+    }
+    uint64_t words[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm256_xor_si256(a, b));
+    return words[0] ^ words[1] ^ words[2] ^ words[3];
+}
+
+}  // namespace
+
+const Kernels avx2_kernels{"AVX2", build_avx2, add_avx2, read_avx2};
+
+}  // namespace subbit

@@ -1,0 +1,82 @@
+// The Python module subbit.runtime._native; runtime/native.py is its only caller and checks shapes and dtypes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "codes.hpp"
+#include "team.hpp"
+
+namespace nb = nanobind;
+
+namespace subbit {
+namespace {
+
+// Best first. A new instruction set is a translation unit with flags of its own in CMakeLists.txt and a line here.
+std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> list;
+#ifdef SUBBIT_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
+#endif
+    list.push_back(&portable_kernels);
+    return list;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+    for (const Kernels* kernels : available()) {
+        if (name == kernels->name) return *kernels;
+    }
+    throw nb::value_error("this processor has no such kernels");
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+}  // namespace subbit
+
+NB_MODULE(_native, module) {
+    using namespace subbit;
+    nb::class_<Shape>(module, "Shape")
+        .def(nb::init<int, int, int, int, bool>(), nb::arg("rows"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
+             nb::arg("column_scales"))
+        .def_prop_ro("bytes", &Shape::bytes);
+    nb::class_<Kernels>(module, "Kernels").def_ro("name", &Kernels::name);
+    module.def("variants", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+        return names;
+    });
+    module.def("find", &find_kernels, nb::rv_policy::reference, nb::arg("name"));
+    module.def("use_gomp_parallel", [](uintptr_t function) { use_gomp_parallel(pointer<void>(function)); });
+    module.def(
+        "repack",
+        [](const Shape& shape, uintptr_t codes, uintptr_t row_scales, uintptr_t column_scales, uintptr_t buffer,
+           int threads) {
+            const nb::gil_scoped_release release;
+            return repack(shape, pointer<uint8_t>(codes), pointer<float>(row_scales), pointer<float>(column_scales),
+                          pointer<uint8_t>(buffer), threads);
+        });
+    module.def("unpack", [](const Shape& shape, uintptr_t buffer, uintptr_t codes) {
+        const nb::gil_scoped_release release;
+        unpack(shape, pointer<uint8_t>(buffer), pointer<uint8_t>(codes));
+    });
+    module.def("decode", [](const Shape& shape, uintptr_t buffer, int first_row, int rows, uintptr_t weights) {
+        const nb::gil_scoped_release release;
+        decode(shape, pointer<uint8_t>(buffer), first_row, rows, pointer<float>(weights));
+    });
+    module.def("multiply", [](const Kernels& kernels, const Shape& shape, uintptr_t buffer, uintptr_t inputs, int batch,
+                              uintptr_t bias, uintptr_t outputs, int threads) {
+        const nb::gil_scoped_release release;
+        multiply(kernels, shape, pointer<uint8_t>(buffer), pointer<float>(inputs), batch, pointer<float>(bias),
+                 pointer<float>(outputs), threads);
+    });
+    module.def("read_memory", [](const Kernels& kernels, uintptr_t bytes, size_t count, int threads) {
+        const nb::gil_scoped_release release;
+        return read_memory(kernels, pointer<uint8_t>(bytes), count, threads);
+    });
+}

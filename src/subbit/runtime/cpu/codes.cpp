@@ -1,0 +1,441 @@
+#include "codes.hpp"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "team.hpp"
+
+namespace subbit {
+namespace {
+
+constexpr uint16_t kInvalid = 0xFFFF;
+constexpr size_t kTableBudget = 256 * 1024;  // of one thread: about half of a second-level cache
+constexpr size_t kPadding = 8;               // bytes after generic codewords, which are read four at a time
+
+size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int bits_for(int64_t count) {
+    int bits = 0;
+    while (int64_t{1} << bits < count) bits++;
+    return bits;
+}
+
+int64_t binomial(int m, int n) {
+    int64_t result = 1;
+    for (int i = 0; i < n; i++) result = result * (m - i) / (i + 1);
+    return result;
+}
+
+// The kept weights of a codeword: a column each, plus `m` if it is positive; columns ascending.
+using Symbols = std::array<uint8_t, kMaxKept>;
+
+// All codewords of N:M: `rank << n | signs`, ranks in ascending order of the masks' bit patterns.
+std::vector<Symbols> list_codewords(int n, int m) {
+    std::vector<Symbols> words;
+    for (unsigned mask = 0; mask < 1U << m; mask++) {
+        Symbols kept{};
+        int count = 0;
+        for (int j = 0; j < m; j++) {
+            if (mask >> j & 1 && count++ < n) kept[static_cast<size_t>(count - 1)] = static_cast<uint8_t>(j);
+        }
+        if (count != n) continue;
+        for (int signs = 0; signs < 1 << n; signs++) {
+            Symbols word = kept;
+            for (int i = 0; i < n; i++) word[static_cast<size_t>(i)] += static_cast<uint8_t>(signs >> i & 1 ? m : 0);
+            words.push_back(word);
+        }
+    }
+    return words;
+}
+
+// The symbols of a word as columns of 8, half a byte each.
+uint16_t code_of_symbols(const Symbols& word, int n, int m) {
+    unsigned code = 0;
+    for (int i = 0; i < n; i++) {
+        const unsigned symbol = word[static_cast<size_t>(i)], size = static_cast<unsigned>(m);
+        code |= (symbol % size + symbol / size * 8) << 4 * i;
+    }
+    return static_cast<uint16_t>(code);
+}
+
+// t in bits 0-7, the Hadamard row in bits 8-11, bit 12 for its negative.
+uint16_t code_of_signs(const Symbols& word, int n) {
+    int kept = 0, positive = 0;
+    for (int i = 0; i < n; i++) {
+        const int symbol = word[static_cast<size_t>(i)];
+        kept |= 1 << symbol % 8;
+        positive |= symbol / 8 << symbol % 8;
+    }
+    for (int code = 0; code < 24; code++) {
+        const int s = code < 12 ? kHadamard[code] : ~kHadamard[code - 12] & 255;
+        if ((s & kept) != positive) continue;
+        const int t = positive | (~s & ~kept & 255);
+        return static_cast<uint16_t>(t | code % 12 << 8 | code / 12 << 12);
+    }
+    return 0;  // never: see Layout
+}
+
+// Per N:M: the symbols and the kernel's code of every codeword, and codewords by code.
+struct Book {
+    std::vector<Symbols> symbols;
+    std::vector<uint16_t> code, word;
+
+    Book(int n, int m, Layout layout) : symbols(list_codewords(n, m)) {
+        for (const Symbols& of_word : symbols) {
+            code.push_back(layout == Layout::generic ? static_cast<uint16_t>(code.size())
+                           : has_symbols(layout)     ? code_of_symbols(of_word, n, m)
+                                                     : code_of_signs(of_word, n));
+        }
+        word.resize(1U << 16);
+        for (size_t i = 0; i < code.size(); i++) word[code[i]] = static_cast<uint16_t>(i);
+    }
+};
+
+const Book& book_of(const Shape& shape) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, int>, std::unique_ptr<Book>> books;
+    const std::lock_guard<std::mutex> guard(mutex);
+    std::unique_ptr<Book>& book = books[{shape.n, shape.m}];
+    if (!book) book = std::make_unique<Book>(shape.n, shape.m, shape.layout());
+    return *book;
+}
+
+// Codeword `index` of a row of the file; reads no byte beyond `bytes`.
+unsigned read_codeword(const uint8_t* row, size_t bytes, int index, int width) {
+    const size_t bit = static_cast<size_t>(index) * static_cast<size_t>(width), first = bit / 8;
+    unsigned word = 0;
+    for (size_t i = 0; i < 4 && first + i < bytes; i++) word |= static_cast<unsigned>(row[first + i]) << 8 * i;
+    return word >> bit % 8 & ((1U << width) - 1);
+}
+
+// Codeword `index` of a row: where its code is within the tile.
+struct Place {
+    Layout layout;
+    ptrdiff_t unit;
+    int row, group, slot, shift;  // group of the unit; slot and column shift of 1:4, the second in its 8 columns
+
+    Place(const Shape& shape, int in_tile, int index) : layout(shape.layout()), row(in_tile) {
+        const int whole = index * shape.m / 8, multiple = group_multiple(layout);
+        unit = static_cast<ptrdiff_t>(whole / multiple) * unit_bytes(layout);
+        group = whole % multiple;
+        slot = shape.m == 4 ? index % 2 : 0;
+        shift = whole % 2 * 4;
+    }
+
+    template <class Visit>  // (byte, bits from, bits in it, bits of the code from)
+    void each(int n, Visit visit) const {
+        if (has_symbols(layout)) {
+            for (int i = 0; i < n; i++) visit(unit + symbol_at(layout, row, slot + i), shift, 4, 4 * i);
+        } else {
+            visit(unit + t_at(row, group), 0, 8, 0);
+            visit(unit + s_at(row, group), shift, 4, 8);
+            if (layout == Layout::quad) visit(unit + negative_at(row), 7 - group, 1, 12);
+        }
+    }
+};
+
+void put_code(const Shape& shape, uint8_t* tile, int row, int index, unsigned code) {
+    const Place place(shape, row, index);
+    if (shape.m == 4) code += 4 * static_cast<unsigned>(place.slot);
+    place.each(shape.n, [&](ptrdiff_t byte, int from, int bits, int first) {
+        tile[byte] = static_cast<uint8_t>(tile[byte] | (code >> first & ((1U << bits) - 1)) << from);
+    });
+}
+
+unsigned get_code(const Shape& shape, const uint8_t* tile, int row, int index) {
+    const Place place(shape, row, index);
+    unsigned code = 0;
+    place.each(shape.n, [&](ptrdiff_t byte, int from, int bits, int first) {
+        code |= (static_cast<unsigned>(tile[byte]) >> from & ((1U << bits) - 1)) << first;
+    });
+    return shape.m == 4 ? code - 4 * static_cast<unsigned>(place.slot) : code;
+}
+
+const float* row_scales_of(const Shape& shape, const uint8_t* buffer) {
+    return reinterpret_cast<const float*>(buffer + shape.scales_offset());
+}
+const float* column_scales_of(const Shape& shape, const uint8_t* buffer) {
+    return shape.column_scales ? row_scales_of(shape, buffer) + shape.rows : nullptr;
+}
+
+// One product: what all threads share.
+struct Product {
+    const Kernels& kernels;
+    const Shape& shape;
+    const uint8_t* buffer;
+    const float* inputs;
+    int batch;
+    const float* bias;
+    float* outputs;
+    int together;       // inputs whose tables a thread holds at a time
+    int tiles_at_once;  // that a thread takes from the counter
+    std::vector<std::atomic<int>> next;  // tile, for every `together` inputs
+
+    void run();
+    void run_generic();
+    void finish(int tile, int input, const float* sums);
+};
+
+// Row scales, bias, and only rows that exist.
+void Product::finish(int tile, int input, const float* sums) {
+    const float* scales = row_scales_of(shape, buffer);
+    const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
+    float* out = outputs + static_cast<ptrdiff_t>(input) * shape.rows + first;
+    for (int i = 0; i < rows; i++) out[i] = scales[first + i] * sums[i] + (bias ? bias[first + i] : 0.0F);
+}
+
+// The inputs of one vector, times the column scales, padded with zeros to `count`.
+void scaled_inputs(const Product& p, int input, int count, float* values) {
+    const float* x = p.inputs + static_cast<ptrdiff_t>(input) * p.shape.columns;
+    const float* c = column_scales_of(p.shape, p.buffer);
+    for (int j = 0; j < p.shape.columns; j++) values[j] = c ? c[j] * x[j] : x[j];
+    std::fill(values + p.shape.columns, values + count, 0.0F);
+}
+
+void Product::run() {
+    const Layout layout = shape.layout();
+    const int groups = shape.groups(), chunks = chunks_of(groups);
+    const auto table_size = static_cast<size_t>(chunk_tables(layout));
+    // Every thread has tables of its own: they would otherwise travel between caches.
+    std::vector<uint8_t> memory(table_size * static_cast<size_t>(chunks * together) + 64);
+    uint8_t* tables = memory.data() + 63 - (reinterpret_cast<uintptr_t>(memory.data()) + 63) % 64;
+    std::vector<float> steps(static_cast<size_t>(chunks * together)), values(static_cast<size_t>(groups * 8));
+    std::vector<float> sums(static_cast<size_t>(together * kTileRows));
+
+    for (int part = 0; part * together < batch; part++) {
+        const int first = part * together, count = std::min(together, batch - first);
+        for (int i = 0; i < count; i++) {
+            scaled_inputs(*this, first + i, groups * 8, values.data());
+            for (int chunk = 0; chunk < chunks; chunk++) {
+                const auto at = static_cast<size_t>(chunk * together + i);
+                const float* x = values.data() + static_cast<ptrdiff_t>(chunk) * kChunkGroups * 8;
+                steps[at] = kernels.build(layout, x, in_chunk(groups, chunk), tables + at * table_size);
+            }
+        }
+        auto& counter = next[static_cast<size_t>(part)];
+        for (int from; (from = counter.fetch_add(tiles_at_once)) < shape.tiles();) {
+            for (int tile = from; tile < std::min(from + tiles_at_once, shape.tiles()); tile++) {
+                const uint8_t* codes = buffer + static_cast<size_t>(tile) * shape.tile_bytes();
+                std::fill(sums.begin(), sums.end(), 0.0F);
+                if (together == 1) {
+                    kernels.add(layout, codes, tables, groups, steps.data(), sums.data());
+                } else {  // a chunk for all inputs, while it is in the cache
+                    for (int chunk = 0; chunk < chunks; chunk++, codes += chunk_codes(layout)) {
+                        for (int i = 0; i < count; i++) {
+                            const auto at = static_cast<size_t>(chunk * together + i);
+                            kernels.add(layout, codes, tables + at * table_size, in_chunk(groups, chunk), &steps[at],
+                                        sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
+                        }
+                    }
+                }
+                for (int i = 0; i < count; i++) {
+                    finish(tile, first + i, sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
+                }
+            }
+        }
+    }
+}
+
+// Codewords of the file, read one by one; inputs with both signs are the table.
+void Product::run_generic() {
+    const Book& book = book_of(shape);
+    const int groups = shape.codewords(), width = shape.width(), n = shape.n, m = shape.m;
+    const auto row_bytes = shape.file_row_bytes();
+    std::vector<float> values(static_cast<size_t>(shape.columns)), table(2 * values.size());
+    const unsigned mask = (1U << width) - 1;
+    for (int input = 0; input < batch; input++) {
+        scaled_inputs(*this, input, shape.columns, values.data());
+        for (int j = 0; j < shape.columns; j++) {
+            const auto at = static_cast<size_t>(j / m * 2 * m + j % m);
+            table[at] = -values[static_cast<size_t>(j)];
+            table[at + static_cast<size_t>(m)] = values[static_cast<size_t>(j)];
+        }
+        auto& counter = next[static_cast<size_t>(input)];
+        for (int tile; (tile = counter.fetch_add(1)) < shape.tiles();) {
+            float sums[kTileRows] = {};
+            for (int i = 0; i < std::min(kTileRows, shape.rows - tile * kTileRows); i++) {
+                const uint8_t* row = buffer + static_cast<size_t>(tile * kTileRows + i) * row_bytes;
+                float parts[kMaxKept] = {};
+                for (int g = 0; g < groups; g++) {
+                    const auto bit = static_cast<size_t>(g) * static_cast<size_t>(width);
+                    uint32_t word;
+                    std::memcpy(&word, row + bit / 8, 4);
+                    const Symbols& symbols = book.symbols[word >> bit % 8 & mask];
+                    const float* x = table.data() + static_cast<ptrdiff_t>(g) * 2 * m;
+                    for (int k = 0; k < n; k++) parts[k] += x[symbols[static_cast<size_t>(k)]];
+                }
+                for (int k = 0; k < n; k++) sums[i] += parts[k];
+            }
+            finish(tile, input, sums);
+        }
+    }
+}
+
+}  // namespace
+
+Layout Shape::layout() const {
+    if (m == 4 && n == 1) return Layout::pair;
+    if (m != 8) return Layout::generic;
+    constexpr Layout layouts[] = {Layout::single, Layout::pair, Layout::triple, Layout::quad};
+    return layouts[n - 1];
+}
+
+int Shape::width() const { return bits_for(binomial(m, n)) + n; }
+
+int Shape::groups() const {
+    const int multiple = group_multiple(layout());
+    return ((columns + 7) / 8 + multiple - 1) / multiple * multiple;
+}
+
+size_t Shape::file_row_bytes() const {
+    return (static_cast<size_t>(codewords()) * static_cast<size_t>(width()) + 7) / 8;
+}
+
+size_t Shape::tile_bytes() const {
+    return static_cast<size_t>(groups() / group_multiple(layout())) * static_cast<size_t>(unit_bytes(layout()));
+}
+
+size_t Shape::scales_offset() const {
+    if (layout() == Layout::generic) return align(static_cast<size_t>(rows) * file_row_bytes() + kPadding);
+    return align(static_cast<size_t>(tiles()) * tile_bytes());
+}
+
+size_t Shape::bytes() const { return scales_offset() + sizeof(float) * static_cast<size_t>(rows + (column_scales ? columns : 0)); }
+
+namespace {
+
+struct Repacking {
+    const Shape& shape;
+    const Book& book;
+    const uint8_t* codes;
+    uint8_t* buffer;
+    std::atomic<int> next{0};
+    std::atomic<int64_t> wrong{-1};
+
+    void run();
+};
+
+void Repacking::run() {
+    const Layout layout = shape.layout();
+    const size_t row_bytes = shape.file_row_bytes();
+    const int groups = shape.codewords(), width = shape.width();
+    for (int tile; (tile = next.fetch_add(1)) < shape.tiles();) {
+        const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
+        uint8_t* out = buffer + static_cast<size_t>(tile) * shape.tile_bytes();
+        for (int row = 0; row < rows; row++) {
+            const uint8_t* source = codes + static_cast<size_t>(first + row) * row_bytes;
+            for (int group = 0; group < groups; group++) {
+                const unsigned word = read_codeword(source, row_bytes, group, width);
+                if (word >= book.code.size()) return wrong.store(word);
+                if (layout != Layout::generic) put_code(shape, out, row, group, book.code[word]);
+            }
+            // Half of a last group of 8 columns: its second symbol is a column that is not there, and zero.
+            if (shape.m == 4 && shape.codewords() % 2) put_code(shape, out, row, shape.codewords(), 0);
+        }
+    }
+}
+
+}  // namespace
+
+int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales, const float* column_scales,
+               uint8_t* buffer, int threads) {
+    Repacking repacking{shape, book_of(shape), codes, buffer};
+    on_team(threads, [](void* data) { static_cast<Repacking*>(data)->run(); }, &repacking);
+    if (shape.layout() == Layout::generic)
+        std::memcpy(buffer, codes, static_cast<size_t>(shape.rows) * shape.file_row_bytes());
+    auto* scales = reinterpret_cast<float*>(buffer + shape.scales_offset());
+    std::copy_n(row_scales, shape.rows, scales);
+    if (shape.column_scales) std::copy_n(column_scales, shape.columns, scales + shape.rows);
+    return repacking.wrong;
+}
+
+namespace {
+
+unsigned codeword_at(const Shape& shape, const Book& book, const uint8_t* buffer, int row, int group) {
+    const Layout layout = shape.layout();
+    if (layout == Layout::generic) {
+        const size_t row_bytes = shape.file_row_bytes();
+        return read_codeword(buffer + static_cast<size_t>(row) * row_bytes, row_bytes, group, shape.width());
+    }
+    const uint8_t* tile = buffer + static_cast<size_t>(row / kTileRows) * shape.tile_bytes();
+    return book.word[get_code(shape, tile, row % kTileRows, group)];
+}
+
+}  // namespace
+
+void unpack(const Shape& shape, const uint8_t* buffer, uint8_t* codes) {
+    const Book& book = book_of(shape);
+    const int width = shape.width();
+    for (int row = 0; row < shape.rows; row++) {
+        uint8_t* out = codes + static_cast<size_t>(row) * shape.file_row_bytes();
+        for (int group = 0; group < shape.codewords(); group++) {
+            const unsigned word = codeword_at(shape, book, buffer, row, group);
+            for (int bit = 0; bit < width; bit++) {
+                const int at = group * width + bit;
+                out[at / 8] = static_cast<uint8_t>(out[at / 8] | (word >> bit & 1) << at % 8);
+            }
+        }
+    }
+}
+
+void decode(const Shape& shape, const uint8_t* buffer, int first_row, int rows, float* weights) {
+    const Book& book = book_of(shape);
+    const float* r = row_scales_of(shape, buffer);
+    const float* c = column_scales_of(shape, buffer);
+    std::fill_n(weights, static_cast<ptrdiff_t>(rows) * shape.columns, 0.0F);
+    for (int row = first_row; row < first_row + rows; row++, weights += shape.columns) {
+        for (int group = 0; group < shape.codewords(); group++) {
+            const Symbols& symbols = book.symbols[codeword_at(shape, book, buffer, row, group)];
+            for (int k = 0; k < shape.n; k++) {
+                const int symbol = symbols[static_cast<size_t>(k)], column = group * shape.m + symbol % shape.m;
+                const float scale = c ? r[row] * c[column] : r[row];
+                weights[column] = symbol / shape.m ? scale : -scale;
+            }
+        }
+    }
+}
+
+void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer, const float* inputs, int batch,
+              const float* bias, float* outputs, int threads) {
+    if (batch == 0) return;
+    const bool generic = shape.layout() == Layout::generic;
+    const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(table_bytes(shape.layout()));
+    const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
+    const int at_once = std::clamp(shape.tiles() / (4 * threads), 1, 16);
+    Product product{kernels, shape,    buffer,  inputs, batch, bias,
+                    outputs, together, at_once, std::vector<std::atomic<int>>(static_cast<size_t>((batch + together - 1) / together))};
+    on_team(std::min(threads, shape.tiles()),
+            [](void* data) {
+                auto& shared = *static_cast<Product*>(data);
+                shared.shape.layout() == Layout::generic ? shared.run_generic() : shared.run();
+            },
+            &product);
+}
+
+uint64_t read_memory(const Kernels& kernels, const uint8_t* bytes, size_t count, int threads) {
+    struct Reading {
+        const Kernels& kernels;
+        const uint8_t* bytes;
+        size_t count;
+        std::atomic<size_t> next{0};
+        std::atomic<uint64_t> result{0};
+    } reading{kernels, bytes, count};
+    on_team(threads,
+            [](void* data) {
+                auto& shared = *static_cast<Reading*>(data);
+                constexpr size_t part = 512 * 1024;
+                for (size_t at; (at = shared.next.fetch_add(part)) < shared.count;)
+                    shared.result ^= shared.kernels.read(shared.bytes + at, std::min(part, shared.count - at));
+            },
+            &reading);
+    return reading.result;
+}
+
+}  // namespace subbit

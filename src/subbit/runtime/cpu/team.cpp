@@ -1,0 +1,30 @@
+#include "team.hpp"
+
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace subbit {
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+GompParallel gomp_parallel = nullptr;
+
+}  // namespace
+
+void use_gomp_parallel(void* function) { gomp_parallel = reinterpret_cast<GompParallel>(function); }
+
+void on_team(int threads, void (*work)(void*), void* data) {
+    if (threads <= 1) return work(data);
+    if (gomp_parallel) return gomp_parallel(work, data, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> others;
+    try {
+        for (int i = 1; i < threads; i++) others.emplace_back(work, data);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those that there are do the work.
+    }
+    work(data);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace subbit

@@ -1,0 +1,224 @@
+"""The native kernels of ``codes`` linears, and the operator ``subbit::linear`` that calls them (docs/kernels.md).
+
+The extension may be missing (``SUBBIT_NATIVE=0`` when subbit was installed, or no compiler) or switched off
+(``SUBBIT_NATIVE=0`` now); then :func:`reason_missing` says so, and the torch backend runs everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from subbit.errors import CheckpointError, UserError
+from subbit.packing.codec import kept_columns
+from subbit.packing.codes import CodesSpec
+
+if TYPE_CHECKING:
+    from subbit.runtime import _native
+else:
+    try:
+        from subbit.runtime import _native
+    except ImportError:
+        _native = None
+
+__all__ = [
+    "DTYPES",
+    "decode",
+    "is_fast",
+    "linear",
+    "read_memory",
+    "reason_missing",
+    "repack",
+    "stored_codes",
+    "supports",
+    "use",
+    "variant",
+    "variants",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# From this batch on, decoding a tile and a dense product are faster than looking every codeword up (docs/kernels.md).
+# Those that look up a vector of rows at a time are faster than a float32 product at any batch.
+DENSE_FROM = 16
+TILE_WEIGHTS = 1 << 20  # decoded at a time
+
+
+def reason_missing() -> str | None:
+    """Why there are no native kernels; None where there are."""
+    if os.environ.get("SUBBIT_NATIVE") == "0":
+        return "switched off by SUBBIT_NATIVE=0"
+    return "native kernels are not built" if _native is None else None
+
+
+def supports(n: int, m: int) -> bool:
+    """Whether there is a kernel for ``codes`` of N:M."""
+    return m in (4, 8, 16) and 1 <= n <= min(4, m - 1)
+
+
+def is_fast(n: int, m: int) -> bool:
+    """Whether the kernel of N:M looks a vector of rows up at a time; the others take one codeword after the other."""
+    return m == 8 or (n, m) == (1, 4)
+
+
+def variants() -> list[str]:
+    """The instruction sets that this processor has kernels for, best first."""
+    return [] if reason_missing() else _native.variants()
+
+
+@lru_cache(maxsize=1)
+def join_torch_threads() -> None:
+    """Let the kernels run on the threads of torch's OpenMP, where torch brings GNU's."""
+    folder = Path(torch.__file__).parent
+    for library in [*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")]:
+        function = ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value
+        if function:
+            _native.use_gomp_parallel(function)
+            return
+
+
+def use(name: str | None) -> None:
+    """Choose an instruction set by name, for tests and benchmarks; None is the best one again."""
+    global _chosen
+    _chosen = _native.find(name or variants()[0])
+
+
+_chosen: _native.Kernels | None = None
+
+
+def kernels() -> _native.Kernels:
+    """The kernels in use: the best ones, or what ``SUBBIT_ISA`` names, until :func:`use`."""
+    if _chosen is None:
+        join_torch_threads()
+        name = os.environ.get("SUBBIT_ISA") or None
+        if name and name not in variants():
+            raise UserError(f"SUBBIT_ISA is {name}, but this processor has kernels for: {', '.join(variants())}")
+        use(name)
+    assert _chosen is not None
+    return _chosen
+
+
+def variant() -> str:
+    """Name of the instruction set in use."""
+    return kernels().name
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the numbers of a contiguous CPU tensor are; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=256)
+def shape_of(rows: int, columns: int, n: int, m: int, column_scales: bool) -> _native.Shape:
+    """What the extension calls a shape."""
+    return _native.Shape(rows, columns, n, m, column_scales)
+
+
+def shape_of_spec(spec: CodesSpec) -> _native.Shape:
+    """The shape of a linear."""
+    return shape_of(spec.out_features, spec.in_features, spec.n, spec.m, spec.has_column_scales)
+
+
+def repack(spec: CodesSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """(bytes,) uint8: the linear in the order in which the kernels read it, scales included.
+
+    Raises:
+        CheckpointError: a codeword that no encoder writes, or tensors that are not what the description says.
+    """
+    for name, (shape, dtype) in spec.tensors().items():
+        if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype:
+            raise CheckpointError(f"{name} of a linear is {list(tensors[name].shape)}, not {list(shape)}")
+    shape_ = shape_of_spec(spec)
+    packed = torch.zeros(shape_.bytes, dtype=torch.uint8)
+    codes, rows = tensors["codes"].contiguous(), tensors["row_scales"].float().contiguous()
+    columns = tensors["column_scales"].float().contiguous() if spec.has_column_scales else None
+    threads = torch.get_num_threads()
+    wrong = _native.repack(shape_, address(codes), address(rows), address(columns), address(packed), threads)
+    if wrong >= 0:
+        count = len(kept_columns(spec.n, spec.m))
+        raise CheckpointError(f"a codeword names mask {wrong >> spec.n}, but {spec.label} has only {count}")
+    return packed
+
+
+def stored_codes(spec: CodesSpec, packed: Tensor) -> Tensor:
+    """The tensor ``codes`` as it is stored: the inverse of :func:`repack`."""
+    shape, dtype = spec.tensors()["codes"]
+    codes = torch.zeros(shape, dtype=dtype)
+    _native.unpack(shape_of_spec(spec), address(packed), address(codes))
+    return codes
+
+
+def decode(spec: CodesSpec, packed: Tensor, rows: slice) -> Tensor:
+    """(rows, in) float32: the dense weights of some rows, exactly those of ``spec.decode_rows``."""
+    return decode_rows(shape_of_spec(spec), packed, rows.start, rows.stop, spec.in_features)
+
+
+def decode_rows(shape: _native.Shape, packed: Tensor, start: int, stop: int, columns: int) -> Tensor:
+    """See :func:`decode`."""
+    weight = torch.empty(stop - start, columns)
+    _native.decode(shape, address(packed), start, stop - start, address(weight))
+    return weight
+
+
+library = torch.library.Library("subbit", "DEF")
+library.define(
+    "linear(Tensor input, Tensor packed, Tensor? bias, int out_features, int n, int m, bool column_scales) -> Tensor"
+)
+
+
+def linear_cpu(
+    inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, n: int, m: int, column_scales: bool
+) -> Tensor:
+    """``inputs`` (..., in) times a repacked linear, in float32, rounded to the dtype of ``inputs`` at the end."""
+    columns = inputs.shape[-1]
+    shape = shape_of(out_features, columns, n, m, column_scales)
+    if packed.numel() != shape.bytes or packed.dtype != torch.uint8 or not packed.is_contiguous():
+        raise ValueError("the packed tensor is not that of a linear of this shape: use repack()")
+    rows = inputs.reshape(-1, columns).float().contiguous()
+    batch = rows.shape[0]
+    bias = None if bias is None else bias.float().contiguous()
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"the bias is {list(bias.shape)}, not [{out_features}]")
+    output = torch.empty(batch, out_features)
+    if is_fast(n, m) or batch < DENSE_FROM:
+        threads = torch.get_num_threads()
+        _native.multiply(
+            kernels(), shape, address(packed), address(rows), batch, address(bias), address(output), threads
+        )
+    else:
+        step = max(1, TILE_WEIGHTS // columns)
+        for start in range(0, out_features, step):
+            stop = min(start + step, out_features)
+            weight = decode_rows(shape, packed, start, stop, columns)
+            part = None if bias is None else bias[start:stop]
+            output[:, start:stop] = torch.nn.functional.linear(rows, weight, part)
+    return output.view(*inputs.shape[:-1], out_features).to(inputs.dtype)
+
+
+def linear_fake(
+    inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, n: int, m: int, column_scales: bool
+) -> Tensor:
+    """The shape of the result, for torch.compile and torch.export."""
+    return inputs.new_empty(*inputs.shape[:-1], out_features)
+
+
+library.impl("linear", linear_cpu, "CPU")
+torch.library.register_fake("subbit::linear", linear_fake, lib=library)
+
+
+def read_memory(memory: Tensor) -> int:
+    """Read all bytes on torch's number of threads, as fast as it goes: the bound of every kernel, for benchmarks."""
+    return _native.read_memory(kernels(), address(memory), memory.nbytes, torch.get_num_threads())
+
+
+def linear(inputs: Tensor, spec: CodesSpec, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``inputs`` (..., in) times a linear that :func:`repack` prepared, (..., out) in the dtype of ``inputs``."""
+    result: Tensor = torch.ops.subbit.linear(
+        inputs, packed, bias, spec.out_features, spec.n, spec.m, spec.has_column_scales
+    )
+    return result

@@ -1,0 +1,343 @@
+"""Native kernels: against float64, on random linears of every shape; what they refuse; the operator and the module.
+
+Run with `pytest tests/test_native.py`; tests/sanitize.sh runs it under the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Iterator
+from itertools import product
+from math import comb
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from subbit.binary.nm import Sparsity
+from subbit.errors import CheckpointError, UserError
+from subbit.linears import CodesLinear
+from subbit.packing.codec import codeword_bits, pack_bits, packed_bytes
+from subbit.packing.codes import CodesSpec, pack_codes
+from subbit.runtime import native
+from subbit.runtime.dispatch import choose, summary
+from subbit.runtime.linear import SubbitLinear
+from subbit.runtime.reference import packed_linear
+
+pytestmark = pytest.mark.skipif(native.reason_missing() is not None, reason=str(native.reason_missing()))
+
+FAST = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8)]
+EVERY_NM = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8), (2, 16), (3, 16)]
+BOUND = 2e-3  # of the relative error of a product, outlier channels included
+
+
+@pytest.fixture(params=native.variants())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this processor has kernels for."""
+    native.use(request.param)
+    yield request.param
+    native.use(None)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever a test sets is undone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random_linear(n: int, m: int, rows: int, columns: int, seed: int, scaled_columns: bool = True) -> CodesLinear:
+    """Any mask, any signs, scales of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(rows, columns // m, m, generator=generator).argsort(dim=2)
+    keep = (order < n).reshape(rows, columns)
+    signs = torch.where(torch.rand(rows, columns, generator=generator) < 0.5, -1, 1) * keep
+    row_scales = torch.randn(rows, generator=generator).half()
+    column_scales = (torch.rand(columns, generator=generator) + 0.5).half() if scaled_columns else None
+    return CodesLinear(Sparsity(n, m), signs.to(torch.int8), row_scales, column_scales)
+
+
+def module_of(linear: CodesLinear, bias: Tensor | None = None) -> SubbitLinear:
+    """As a checkpoint would be loaded."""
+    spec, tensors = pack_codes(linear)
+    module = SubbitLinear(spec, None if bias is None else nn.Parameter(bias, requires_grad=False))
+    module.load_state_dict(tensors, strict=False)
+    return module
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Of all numbers together."""
+    return float((output.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+def fuzz(seed: int) -> None:
+    """One random case against float64."""
+    choice = random.Random(seed)
+    n, m = choice.choice(EVERY_NM)
+    rows = choice.choice([1, choice.randrange(1, 200), choice.choice([63, 64, 65, 128])])
+    columns = m * choice.choice([1, choice.randrange(1, 40), choice.choice([31, 32, 33, 64, 96])])
+    batch = choice.choice([1, 1, 2, 7, choice.randrange(1, 70)])
+    dtype = choice.choice(native.DTYPES)
+    linear = random_linear(n, m, rows, columns, seed, scaled_columns=choice.random() < 0.5)
+    spec, tensors = pack_codes(linear)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(batch, columns + 3, generator=generator).to(dtype)[:, choice.randrange(4) :][:, :columns]
+    bias = torch.randn(rows, generator=generator).to(dtype) if choice.random() < 0.5 else None
+    torch.set_num_threads(choice.choice([1, 2, 3]))
+    offset = choice.randrange(4)  # codes that begin anywhere
+    moved = torch.cat([tensors["codes"].new_zeros(offset), tensors["codes"].flatten()])[offset:]
+    tensors["codes"] = moved.view_as(tensors["codes"])
+
+    output = native.linear(inputs, spec, native.repack(spec, tensors), bias)
+
+    expected = inputs.double() @ linear.dense().double().T + (0 if bias is None else bias.double())
+    assert output.dtype == dtype
+    assert output.shape == (batch, rows)
+    # Rounding to 16 bits has an error of its own. A few outputs may be near zero by chance: then not relative to them.
+    bound = BOUND + {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    typical = (inputs.double().square() @ linear.dense().double().T.square()).sum().sqrt()
+    error = (output.double() - expected).norm() / torch.maximum(expected.norm(), typical)
+    assert error <= bound, (n, m, rows, columns, batch, dtype)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_cases(seed: int, isa: str, threads: None) -> None:
+    for case in range(12):
+        fuzz(100 * seed + case)
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_outlier_channels(n: int, m: int, isa: str) -> None:
+    """Eight channels fifty times as large as the others, the hardest case for tables on a grid."""
+    linear = random_linear(n, m, 192, 2048, seed=n * m)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(16, 2048, generator=generator)
+    inputs[:, torch.randperm(2048, generator=generator)[:8]] *= 50
+    output = native.linear(inputs, *repacked(linear), None)
+    assert relative_error(output, inputs.double() @ linear.dense().double().T) <= BOUND
+
+
+def repacked(linear: CodesLinear) -> tuple[CodesSpec, Tensor]:
+    """The arguments of native.linear."""
+    spec, tensors = pack_codes(linear)
+    return spec, native.repack(spec, tensors)
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+@pytest.mark.parametrize("batch", [15, 16, 33, 100])
+def test_large_batches(n: int, m: int, batch: int, isa: str) -> None:
+    """Around the batch from which weights are decoded, and more inputs than have their tables at one time."""
+    linear = random_linear(n, m, 130, 4096 if batch == 33 else 192, seed=batch)
+    bias = torch.randn(130, generator=torch.Generator().manual_seed(batch))
+    inputs = torch.randn(batch, linear.shape[1], generator=torch.Generator().manual_seed(batch))
+    output = native.linear(inputs, *repacked(linear), bias)
+    assert relative_error(output, inputs.double() @ linear.dense().double().T + bias.double()) <= BOUND
+
+
+@pytest.mark.parametrize(("n", "m"), FAST)
+def test_variants_agree(n: int, m: int) -> None:
+    """The same integer sums of tables in which an entry may be rounded the other way now and then."""
+    linear = random_linear(n, m, 130, 1000 // m * m, seed=3)
+    inputs = torch.randn(3, linear.shape[1], generator=torch.Generator().manual_seed(3))
+    outputs = []
+    for name in native.variants():
+        native.use(name)
+        outputs.append(native.linear(inputs, *repacked(linear), None))
+    native.use(None)
+    for output in outputs[1:]:
+        assert relative_error(output, outputs[0].double()) < 1e-4
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_threads_do_not_change_the_result(n: int, m: int, threads: None) -> None:
+    linear = random_linear(n, m, 700, 256, seed=4)
+    inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(4))
+    spec, packed = repacked(linear)
+    outputs = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        outputs.append(native.linear(inputs, spec, packed, None))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_special_inputs(isa: str) -> None:
+    """Zeros, one huge channel, no inputs, more dimensions, a column that is not contiguous."""
+    linear = random_linear(2, 8, 70, 512, seed=5)
+    spec, packed = repacked(linear)
+    dense = linear.dense().double()
+    assert not native.linear(torch.zeros(2, 512), spec, packed, None).any()
+    huge = torch.zeros(1, 512)
+    huge[0, 77] = 1e30
+    assert relative_error(native.linear(huge, spec, packed, None), huge.double() @ dense.T) <= BOUND
+    assert native.linear(torch.zeros(0, 512), spec, packed, None).shape == (0, 70)
+    assert native.linear(torch.zeros(2, 0, 512), spec, packed, None).shape == (2, 0, 70)
+    assert native.linear(torch.ones(512), spec, packed, None).shape == (70,)
+    strided = torch.randn(512, 4, 6, generator=torch.Generator().manual_seed(5)).permute(2, 1, 0)
+    assert relative_error(native.linear(strided, spec, packed, None), strided.double() @ dense.T) <= BOUND
+
+
+# --- codewords ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_every_codeword(n: int, m: int, isa: str) -> None:
+    """All codewords of N:M in one linear, decoded exactly, multiplied, and given back as they are stored."""
+    count = comb(m, n) << n
+    words = torch.arange(count)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    groups = 1 + count // 70
+    words = torch.nn.functional.pad(words, (0, -count % groups)).view(-1, groups)
+    spec = CodesSpec(len(words), groups * m, n, m, False)
+    tensors = {"codes": pack_bits(words, codeword_bits(n, m)), "row_scales": torch.ones(len(words)).half()}
+    packed = native.repack(spec, tensors)
+    dense = spec.decode_rows(tensors)
+    assert torch.equal(native.decode(spec, packed, slice(0, len(words))), dense)
+    assert torch.equal(native.stored_codes(spec, packed), tensors["codes"])
+    inputs = torch.randn(2, groups * m, generator=torch.Generator().manual_seed(0))
+    assert relative_error(native.linear(inputs, spec, packed, None), inputs.double() @ dense.double().T) <= BOUND
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+@pytest.mark.parametrize("scaled_columns", [False, True])
+def test_decoding_is_exact(n: int, m: int, scaled_columns: bool) -> None:
+    linear = random_linear(n, m, 70, 5 * 16, seed=6, scaled_columns=scaled_columns)
+    spec, packed = repacked(linear)
+    assert torch.equal(native.decode(spec, packed, slice(0, 70)), linear.dense())
+    assert torch.equal(native.decode(spec, packed, slice(3, 66)), linear.dense()[3:66])
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_codewords_that_no_encoder_writes(n: int, m: int) -> None:
+    """Each of them, at the first and at the last place."""
+    width, count = codeword_bits(n, m), comb(m, n) << n
+    for wrong, place in product(range(count, 1 << width, 1 + (1 << width) // 200), (0, -1)):
+        words = torch.zeros(66, 9, dtype=torch.int64)
+        words[place, place] = wrong
+        spec = CodesSpec(66, 9 * m, n, m, False)
+        tensors = {"codes": pack_bits(words, width), "row_scales": torch.ones(66).half()}
+        with pytest.raises(CheckpointError, match=f"names mask {wrong >> n}, but {n}:{m} has only {comb(m, n)}"):
+            native.repack(spec, tensors)
+
+
+def test_tensors_of_another_shape_are_refused() -> None:
+    spec, tensors = pack_codes(random_linear(2, 8, 8, 64, seed=7))
+    with pytest.raises(CheckpointError, match="codes"):
+        native.repack(spec, {**tensors, "codes": tensors["codes"][:, :-1]})
+    packed = native.repack(spec, tensors)
+    with pytest.raises(ValueError, match="packed tensor"):
+        native.linear(torch.ones(64), spec, packed[:-4], None)
+    with pytest.raises(ValueError, match="packed tensor"):
+        native.linear(torch.ones(72), spec, packed, None)
+    with pytest.raises(ValueError, match="bias"):
+        native.linear(torch.ones(64), spec, packed, torch.ones(7))
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_memory(n: int, m: int) -> None:
+    """The order of the kernels takes at most 1.3 times the codes of the file (4/3 for two), four bytes for a scale."""
+    spec = CodesSpec(1024, 4096, n, m, True)
+    size = native.shape_of_spec(spec).bytes - 4 * (1024 + 4096)
+    limit = 4 / 3 if (n, m) in ((1, 4), (3, 8)) else 1.3
+    assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))
+
+
+# --- the module ---------------------------------------------------------------------------------------------------
+
+
+def test_module_keeps_what_is_stored() -> None:
+    """State dict, copies, pickles and casts, before and after the first use."""
+    linear = random_linear(2, 8, 70, 128, seed=8)
+    module = module_of(linear, torch.ones(70))
+    inputs = torch.randn(2, 128, generator=torch.Generator().manual_seed(8))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    output = module(inputs)
+    assert relative_error(output, inputs.double() @ linear.dense().double().T + 1) <= BOUND
+    assert not module.get_buffer("codes").numel()  # only once in memory
+    for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(module).to("cpu")):
+        after = other.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert torch.equal(other(inputs), output)
+        assert torch.equal(other.packed()["codes"], before["codes"])
+    half = copy.deepcopy(module).bfloat16()
+    assert half.get_buffer("row_scales").dtype == torch.float16
+    assert half(inputs.bfloat16()).dtype == torch.bfloat16
+
+
+def test_module_follows_new_weights() -> None:
+    one, other = random_linear(2, 8, 70, 128, seed=9), random_linear(2, 8, 70, 128, seed=10)
+    inputs = torch.randn(2, 128, generator=torch.Generator().manual_seed(9))
+    module = module_of(one)
+    module(inputs)
+    module.load_state_dict(pack_codes(other)[1])
+    assert relative_error(module(inputs), inputs.double() @ other.dense().double().T) <= BOUND
+    for name, tensor in pack_codes(one)[1].items():  # as transformers puts tensors in
+        module.register_buffer(name, tensor)
+    assert relative_error(module(inputs), inputs.double() @ one.dense().double().T) <= BOUND
+
+
+def test_module_with_an_invalid_codeword() -> None:
+    module = module_of(random_linear(2, 8, 4, 64, seed=11))
+    module.get_buffer("codes").fill_(255)
+    with pytest.raises(CheckpointError, match="names mask 31"):
+        module(torch.ones(64))
+
+
+def test_gradients_come_from_the_reference() -> None:
+    linear = random_linear(2, 8, 70, 128, seed=12)
+    module = module_of(linear)
+    module(torch.ones(128))
+    inputs = torch.ones(128, requires_grad=True)
+    module(inputs).sum().backward()
+    assert inputs.grad is not None
+    assert torch.allclose(inputs.grad, linear.dense().sum(dim=0), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not module(inputs).requires_grad
+
+
+def test_compile_and_export() -> None:
+    """The operator is one node of the graph."""
+    module = module_of(random_linear(2, 8, 70, 128, seed=13), torch.ones(70)).eval()
+    inputs = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(13))
+    expected = module(inputs)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(inputs), expected)
+    program = torch.export.export(module, (inputs,))
+    assert any("subbit.linear" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(inputs), expected)
+    fresh = torch.compile(module_of(random_linear(2, 8, 70, 128, seed=13), torch.ones(70)), backend="eager")
+    assert torch.equal(fresh(inputs), expected)  # prepared while it is being compiled
+    torch.library.opcheck(
+        torch.ops.subbit.linear.default, (inputs, module.prepare(), module.bias, 70, 2, 8, True), raise_exception=True
+    )
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs what, and why."""
+    codes = CodesSpec(70, 128, 2, 8, False)
+    assert choose(codes).name == "native"
+    assert choose(codes).reason == native.variant()
+    assert "cuda" in choose(codes, "cuda").reason
+    assert "float64" in choose(codes, dtype=torch.float64).reason
+    assert "gradients" in choose(codes, needs_grad=True).reason
+    assert "5:8" in choose(CodesSpec(70, 128, 5, 8, False)).reason
+    assert native.variant() in summary()
+    monkeypatch.setenv("SUBBIT_NATIVE", "0")
+    assert choose(codes).name == "torch"
+    assert "SUBBIT_NATIVE=0" in summary()
+    linear = random_linear(2, 8, 70, 128, seed=14)
+    module, inputs = module_of(linear), torch.ones(2, 128)
+    assert torch.equal(module(inputs), packed_linear(inputs, module.spec, module.packed(), None))
+
+
+def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_chosen", None)
+    monkeypatch.setenv("SUBBIT_ISA", "MMX")
+    with pytest.raises(UserError, match="SUBBIT_ISA is MMX"):
+        native.variant()

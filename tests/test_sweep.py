@@ -1,0 +1,693 @@
+"""Sweeps: what is run, what is remembered, what survives a kill; and the table and the figures of what came of it.
+
+Run with `pytest tests/test_sweep.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import test_cli
+import torch
+
+import subbit
+from subbit import Recipe, UserError
+from subbit.comparison import sweep as sweep_module
+from subbit.comparison.entries import (
+    Entry,
+    Protocol,
+    dataset_key,
+    entry_key,
+    grid,
+    read_entries,
+    recipe_key,
+    with_seeds,
+)
+from subbit.comparison.results import read_results, record
+from subbit.comparison.rows import read_sections
+from subbit.comparison.sweep import how_it_ended
+from subbit.comparison.tables import change, markdown, short
+from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
+from subbit.comparison.worker import unpack_linears
+from subbit.effort import EFFORTS
+from subbit.loading import load_any
+
+Tiny = Callable[[str], Path]
+RecipeFor = Callable[..., Recipe]
+run = test_cli.run  # the fixture: a command line in this process
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "docs" / "results" / "published.json"
+
+
+class Lines:
+    """A progress that remembers its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stage(self, name: str) -> Any:
+        raise AssertionError("the parent measures nothing itself")
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_of_the_dense_model_are_these() -> None:
+    """Keys in files that people have must mean the same tomorrow; recipes may gain fields, the dense model has none."""
+    assert recipe_key(None, "model") == "b30d367e29a5afc6"
+    assert entry_key(None, "model", Protocol()) == "06f414c93adaaabd"
+
+
+def test_a_key_knows_what_changes_the_numbers_and_nothing_else(recipe_for: RecipeFor, text_file: Path) -> None:
+    """Recipe, seed, model and protocol count; names, the order of data sets and folders do not."""
+    recipe = recipe_for("stbllm")
+    protocol = Protocol(("wikitext2", "c4"))
+    key = entry_key(recipe, "model", protocol)
+    moved = text_file.with_name("moved.txt")
+    moved.write_text(text_file.read_text())
+    same = recipe_for("stbllm", calibration={"source": str(moved)})
+    assert key == entry_key(Recipe.create(recipe.to_dict()), "model", Protocol(("c4", "wikitext2")))
+    assert key == entry_key(same, "model", protocol)
+    others = {
+        key,
+        entry_key(None, "model", protocol),
+        entry_key(recipe, "other", protocol),
+        entry_key(recipe_for("stbllm", calibration={"seed": 1}), "model", protocol),
+        entry_key(recipe_for("stbllm", sparsity="5:8"), "model", protocol),
+        entry_key(recipe, "model", Protocol(("wikitext2",))),
+        entry_key(recipe, "model", Protocol(("wikitext2", "c4"), max_windows=2)),
+        entry_key(recipe, "model", Protocol(("wikitext2", "c4"), seq_len=512)),
+    }
+    moved.write_text("another text")
+    others.add(entry_key(same, "model", protocol))
+    assert len(others) == 9
+
+
+# ---- lists of entries ------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_gives_each_method_what_it_can_vary() -> None:
+    """N:M for methods that prune, budgets for codes, bits of a code for rtn and gptq, the dense model once."""
+    entries = grid(["dense", "billm", "gptq", "codes"], ["4:8", "none"], [0.8], [2, 3], {"calibration": {"samples": 7}})
+    names = ["dense", "billm 4:8", "billm unpruned", "gptq 2 bits", "gptq 3 bits", "codes 0.8 bits"]
+    assert [entry.name for entry in entries] == names
+    assert entries[0].recipe is None
+    assert all(entry.recipe.calibration.samples == 7 for entry in entries if entry.recipe)
+    assert [entry.name for entry in grid(["stbllm", "arb"])] == ["stbllm 4:8", "arb unpruned"]
+
+
+def test_effort_is_for_codes_and_leaves_what_is_given() -> None:
+    """Other methods of the grid are not touched, and a given value goes before that of the effort."""
+    codes, stbllm = grid(["codes", "stbllm"], bits=[1.0], common={"calibration": {"samples": 9}}, effort="standard")
+    assert codes.recipe is not None
+    assert stbllm.recipe is not None
+    assert codes.recipe.reconstruction.steps == EFFORTS["standard"]["reconstruction"]["steps"] > 0
+    assert codes.recipe.calibration.samples == 9
+    assert stbllm.recipe.reconstruction.steps == 0
+
+
+def test_seeds_multiply_all_but_the_dense_model() -> None:
+    """Each entry with each seed."""
+    titles = [entry.title for entry in with_seeds(grid(["dense", "pbs2p"]), [0, 3])]
+    assert titles == ["sweep: dense", "sweep: pbs2p 4:8", "sweep: pbs2p 4:8, seed 3"]
+    with pytest.raises(UserError, match="at least one method and one seed"):
+        with_seeds([], [0])
+
+
+def test_a_file_of_entries(tmp_path: Path) -> None:
+    """Defaults, names, an ablation, an effort, the dense model; 4:8 is a sparsity and no number in base 60."""
+    file = tmp_path / "entries.yaml"
+    file.write_text(
+        "defaults: {calibration: {samples: 4}}\n"
+        "entries:\n"
+        "- {method: dense}\n"
+        "- {method: stbllm, sparsity: 4:8}\n"
+        "- {method: stbllm, name: no salient columns, group: ablations, baseline: 'stbllm 4:8',\n"
+        "   options: {salient_columns: 0}, calibration: {seq_len: 16}}\n"
+        "- {bits: 0.8, method: codes, effort: fast}\n"
+    )
+    entries = read_entries(file, {"calibration": {"samples": 99, "source": "c4"}})
+    assert [entry.name for entry in entries] == ["dense", "stbllm 4:8", "no salient columns", "codes 0.8 bits"]
+    changed = entries[2]
+    assert (changed.group, changed.baseline) == ("ablations", "stbllm 4:8")
+    assert changed.recipe is not None
+    calibration = changed.recipe.calibration
+    assert (calibration.samples, calibration.seq_len, calibration.source) == (4, 16, "c4")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "must be a mapping"),
+        ("entries: []", "must have a list 'entries'"),
+        ("entries: [{method: rtn}]\nother: 1", "must have a list 'entries'"),
+        ("entries: [rtn]", "entry 1: give the fields of a recipe"),
+        ("entries: [{method: rtn}, {method: luck}]", "entry 2: recipe: method: there is no method 'luck'"),
+        ("entries: [{method: rtn, effort: fast}]", "entry 1: effort is for method codes"),
+    ],
+)
+def test_a_wrong_file_of_entries(text: str, complaint: str, tmp_path: Path) -> None:
+    """The line says which entry."""
+    file = tmp_path / "entries.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        read_entries(file)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "complaint"),
+    [
+        (Protocol(()), "at least one data set"),
+        (Protocol(("wikitext3",)), "unknown data set 'wikitext3'"),
+        (Protocol(("missing.txt",)), "unknown data set 'missing.txt'"),
+        (Protocol(("c4", "c4")), "two of the data sets are called c4"),
+        (Protocol(split="all"), "unknown split 'all'"),
+        (Protocol(dtype="int8"), "dtype 'int8'"),
+        (Protocol(seq_len=1), "at least 2 tokens"),
+        (Protocol(max_windows=0), "at least 1 window"),
+    ],
+)
+def test_a_wrong_protocol_stops_the_sweep_before_it_starts(protocol: Protocol, complaint: str, tmp_path: Path) -> None:
+    """Not after hours of compressing."""
+    with pytest.raises(UserError, match=complaint):
+        subbit.sweep("model", grid(["rtn"]), tmp_path / "results.json", protocol)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is run, with workers that only pretend ---------------------------------------------------------------------
+
+
+class Pretended:
+    """Stands in for the process of a step: writes facts as a worker does, fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.fails: dict[str, str] = {}  # method → error
+
+    def __call__(self, sweep: Any, task: Task) -> str | None:
+        method = task.recipe["method"] if task.recipe else "dense"
+        self.steps.append(f"{task.kind} {method}")
+        if task.kind == "model":
+            save_facts(task, digest="d", **size(16, 16), linear_weights=1, parameters=1)
+            return None
+        if method in self.fails:
+            return self.fails[method]
+        if task.kind == "compress":
+            Path(task.checkpoint).mkdir()
+            save_facts(task, **size(0.6, 3), output_error=0.1, compress={"seconds": 60.0, "peak_bytes": 10**9})
+        else:
+            protocol = Protocol(**{**(task.protocol or {}), "datasets": tuple((task.protocol or {})["datasets"])})
+            found = {dataset_key(name, protocol): measured(50.0) for name in protocol.datasets}
+            save_facts(task, perplexity=found)
+        return None
+
+
+def size(nominal: float, stored: float) -> dict[str, Any]:
+    """Bits and bytes as a worker finds them."""
+    return {"bits": {"nominal": nominal, "stored": stored, "model": stored + 1}, "bytes": {"file": 2_000_000}}
+
+
+def measured(value: float) -> dict[str, Any]:
+    """A perplexity as a worker finds it."""
+    facts = {"value": value, "standard_error": value / 10, "nll": math.log(value), "windows": 20, "seq_len": 2048}
+    return {**facts, "dataset": "wikitext2", "seconds": 2.0, "peak_bytes": 10**9}
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    """No processes."""
+    pretended = Pretended()
+    monkeypatch.setattr(sweep_module, "run_task", pretended)
+    return pretended
+
+
+def test_a_longer_list_costs_what_is_new(pretend: Pretended, tmp_path: Path) -> None:
+    """Finished entries are not run again, results come in the order asked for, and nothing is left beside them."""
+    out = tmp_path / "results.json"
+    subbit.sweep("model", grid(["dense", "rtn"]), out)
+    pretend.steps.clear()
+    results = subbit.sweep("model", grid(["gptq", "rtn", "dense"]), out)
+    assert pretend.steps == ["model dense", "compress gptq", "evaluate gptq"]
+    assert [(result["recipe"] or {}).get("method") for result in results] == ["gptq", "rtn", None]
+    assert all(result["status"] == "done" for result in results)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_an_entry_that_fails_stops_no_other(pretend: Pretended, tmp_path: Path) -> None:
+    """It is recorded with its line, left out the next time, and run again only when that is asked for."""
+    out, lines = tmp_path / "results.json", Lines()
+    pretend.fails = {"rtn": "this cannot be done"}
+    results = subbit.sweep("model", grid(["rtn", "gptq"]), out, progress=lines)
+    assert [(result["status"], result["error"]) for result in results] == [
+        ("failed", "this cannot be done"),
+        ("done", None),
+    ]
+    assert any(line.startswith("[1/2] failed: this cannot be done") for line in lines.lines)
+    pretend.fails.clear()
+    pretend.steps.clear()
+    lines.lines.clear()
+    subbit.sweep("model", grid(["rtn", "gptq"]), out, progress=lines)
+    assert pretend.steps == ["model dense"]
+    assert lines.lines == ["2 entries: 0 to run, 1 failed and are left out (--retry runs them again)"]
+    assert subbit.sweep("model", grid(["rtn", "gptq"]), out, retry=True)[0]["status"] == "done"
+    assert pretend.steps[1:] == ["model dense", "compress rtn", "evaluate rtn"]
+    assert len(read_results(out)) == 2
+
+
+def test_one_recipe_in_two_groups_is_run_once_and_shown_twice(pretend: Pretended, tmp_path: Path) -> None:
+    """In one list as in two."""
+    recipe = Recipe.create({"method": "stbllm"})
+    first = [Entry(recipe, "STBLLM", "4:8", "headline"), Entry(recipe, "base", group="ablations")]
+    subbit.sweep("model", first, tmp_path / "results.json")
+    subbit.sweep("model", [Entry(recipe, "late", group="more")], tmp_path / "results.json")
+    assert pretend.steps == ["model dense", "compress stbllm", "evaluate stbllm", "model dense"]
+    (result,) = read_results(tmp_path / "results.json")
+    assert [place["group"] for place in result["places"]] == ["headline", "ablations", "more"]
+
+
+def test_kept_checkpoints(pretend: Pretended, tmp_path: Path) -> None:
+    """They stay under a name that says something, with their facts beside them, hidden."""
+    subbit.sweep("model", grid(["pbs2p"]), tmp_path / "results.json", keep=True, work=tmp_path / "work")
+    (checkpoint,) = (path for path in (tmp_path / "work").glob("*") if not path.name.startswith("."))
+    assert checkpoint.name.startswith("pbs2p-4-8-")
+    assert read_facts(facts_file(checkpoint))["bits"]["stored"] == 3
+
+
+def test_what_is_no_results_file_is_not_overwritten(pretend: Pretended, tmp_path: Path) -> None:
+    """Also not one of another version."""
+    out = tmp_path / "results.json"
+    for text in ("no JSON", "[]", '{"results": []}', '{"subbit_sweep": 1, "results": [{}]}'):
+        out.write_text(text)
+        with pytest.raises(UserError, match=r"results\.json"):
+            subbit.sweep("model", grid(["rtn"]), out)
+        assert out.read_text() == text
+    out.write_text('{"subbit_sweep": 2, "results": []}')
+    with pytest.raises(UserError, match="another version"):
+        subbit.sweep("model", grid(["rtn"]), out)
+    assert not pretend.steps
+
+
+def test_how_a_worker_ended_in_words() -> None:
+    """Where it could not say it itself."""
+    assert how_it_ended("compress", -signal.SIGKILL) == "compressing was killed by SIGKILL (out of memory?)"
+    assert how_it_ended("evaluate", 3) == "evaluating ended with exit code 3"
+
+
+# ---- the real thing, on a tiny model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep of a recipe that does not fit the model and one that does; killed in the second, then taken up again."""
+
+    folder: Path  # results.json, and the kept checkpoint in results.work
+    log_at_kill: str
+    failed_at_kill: dict[str, Any]
+    failed: dict[str, Any]
+    done: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The kept one."""
+        (checkpoint,) = (self.folder / "results.work").glob("stbllm-*")
+        return checkpoint
+
+
+@pytest.fixture(scope="module")
+def swept(tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """On the command line until SIGKILL, then in this process."""
+    folder = tmp_path_factory.mktemp("swept")
+    out, work = folder / "results.json", folder / "results.work"
+    entries = folder / "entries.yaml"
+    misfit = {**recipe_for("stbllm", overrides={"nothing": {"dense": True}}).to_dict(), "name": "misfit"}
+    entries.write_text(json.dumps({"entries": [misfit, recipe_for("stbllm").to_dict()]}))  # JSON is YAML
+    command = [sys.executable, "-m", "subbit.cli", "sweep", str(tiny("llama-gqa")), "--entries", str(entries)]
+    command += ["-o", str(out), "--dataset", str(text_file), "--eval-seq-len", "32", "--max-windows", "3"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: any(under_way(path) for path in work.glob("stbllm-*")), first)
+    finally:
+        first.kill()
+        first.wait()
+    (log,) = work.glob("stbllm-*/subbit_log.jsonl")
+    log_at_kill, (failed_at_kill,) = settled(log.read_text), read_results(out)
+    protocol = Protocol((str(text_file),), seq_len=32, max_windows=3)
+    failed, done = subbit.sweep(tiny("llama-gqa"), read_entries(entries), out, protocol, keep=True)
+    return Swept(folder, log_at_kill, failed_at_kill, failed, done)
+
+
+def test_an_entry_that_does_not_fit_the_model_is_recorded(swept: Swept) -> None:
+    """With the one line of its worker, and not run again after the kill."""
+    assert swept.failed["status"] == "failed"
+    assert "matches no linear" in swept.failed["error"]
+    assert "\n" not in swept.failed["error"]
+    assert swept.failed == swept.failed_at_kill
+
+
+def test_a_result_has_all_that_a_table_needs(swept: Swept, text_file: Path) -> None:
+    """Bits, bytes, perplexity with its protocol, errors, times, memory, versions; no folder of this machine."""
+    done = swept.done
+    assert done["status"] == "done"
+    assert done["bits"]["nominal"] < done["bits"]["stored"] < 16
+    assert done["bytes"]["file"] == sum(value for name, value in done["bytes"].items() if name != "file")
+    perplexity = done["perplexity"][text_file.name]
+    assert perplexity["standard_error"] > 0
+    assert "32-token windows, no overlap, 3 windows" in perplexity["protocol"]
+    assert len(done["layer_errors"]) == 3
+    assert 0 < done["output_error"] < 1
+    assert done["seconds"]["compress"] > 0
+    assert 50e6 < done["peak_bytes"]["compress"] < 4e9
+    assert set(done["versions"]) == {"subbit", "torch", "transformers", "python"}
+    assert done["machine"]["threads"] >= 1
+    assert done["model"]["name"] == Path(done["model"]["name"]).name
+    assert str(text_file.parent) not in json.dumps({**done, "recipe": None})
+
+
+def test_a_killed_sweep_goes_on_with_the_layer_it_was_at(swept: Swept) -> None:
+    """SIGKILL of the sweep takes the worker along; the second run starts no checkpoint anew."""
+    log = (swept.checkpoint / "subbit_log.jsonl").read_text()
+    assert log.startswith(swept.log_at_kill)
+    events = [json.loads(line) for line in log.splitlines()]
+    assert [event["event"] for event in events].count("start") == 1
+    layers = [event["index"] for event in events if event["event"] == "layer"]
+    assert sorted(set(layers)) == [0, 1, 2]
+    assert len(layers) <= 4
+
+
+def test_a_sweep_finds_what_compress_and_evaluate_find(
+    swept: Swept, tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path: Path
+) -> None:
+    """The same perplexity, bits and error as without a sweep and without a kill."""
+    subbit.compress(tiny("llama-gqa"), recipe_for("stbllm"), tmp_path / "out")
+    expected = subbit.evaluate(tmp_path / "out", [str(text_file)], seq_len=32, max_windows=3)[str(text_file)]
+    found = swept.done["perplexity"][text_file.name]
+    assert (found["value"], found["standard_error"]) == (expected.value, expected.standard_error)
+    facts = subbit.inspect(tmp_path / "out")
+    assert swept.done["bits"] == facts["bits"]
+    assert swept.done["layer_errors"] == [layer["error"] for layer in facts["layers"]]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Until it is so; fails when the process ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def under_way(checkpoint: Path) -> bool:
+    """Whether a layer is done; not while the state cannot be read."""
+    try:
+        state = json.loads((checkpoint / ".subbit" / "state.json").read_text())
+    except (OSError, ValueError):
+        return (checkpoint / "config.json").exists()  # a fast machine: all of them
+    return bool(state["layers"])
+
+
+def settled(read: Callable[[], str]) -> str:
+    """What a file holds when nobody writes it any more: the worker of a killed sweep ends with it."""
+    time.sleep(0.5)
+    before = read()
+    time.sleep(1.5)
+    assert read() == before
+    return before
+
+
+def test_unpacked_linears_compute_the_same(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
+    """Up to rounding, with the head and the embedding left packed."""
+    recipe = recipe_for("stbllm", embeddings="8bit")
+    checkpoint = subbit.compress(tiny("qwen2"), recipe, tmp_path / "out").directory
+    model, _ = load_any(checkpoint, torch.float32)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        packed = model(ids).logits
+        unpack_linears(model)
+        assert not any(type(module).__name__ == "SubbitLinear" for module in model.modules())
+        torch.testing.assert_close(model(ids).logits, packed, rtol=1e-4, atol=1e-4)
+
+
+# ---- the table and the figures ---------------------------------------------------------------------------------------
+
+
+def result_of(
+    name: tuple[str, str],
+    values: dict[str, Any] | None,
+    perplexity: dict[str, float],
+    bits: tuple[float, float] = (0.6, 2.8),
+    group: str = "sweep",
+    baseline: str | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """One entry of a results file."""
+    recipe = Recipe.create(values).to_dict() if values else None
+    place = {"group": group, "series": name[0], "label": name[1], "baseline": baseline}
+    return {
+        "key": f"{name} {values}",
+        "status": "failed" if error else "done",
+        "error": error,
+        "places": [place],
+        "model": {"name": "Llama", "digest": "d"},
+        "recipe": recipe,
+        "seed": recipe["calibration"]["seed"] if recipe else None,
+        "protocol": {"split": "test", "seq_len": 2048, "max_windows": 20, "dtype": "float32", "datasets": []},
+        "perplexity": {dataset: measured(value) for dataset, value in perplexity.items()},
+        **(size(*bits) if not error else {"bits": None, "bytes": None}),
+        "output_error": 0.05 if recipe and not error else None,
+        "seconds": {"compress": 90.0 if recipe else None, "evaluate": 2.0},
+        "peak_bytes": {"compress": 1_500_000_000 if recipe else None, "evaluate": 1},
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Dense, a method at two N:M with two seeds, a collapsed one, ablations, a failure."""
+    out = tmp_path / "results.json"
+    stbllm, changed = {"method": "stbllm"}, {"method": "stbllm", "options": {"salient_columns": 0}}
+    worse = {"method": "stbllm", "options": {"compensation": "off"}}
+    for result in (
+        result_of(("dense", ""), None, {"wikitext2": 20.0, "c4": 30.0}, (16, 16)),
+        result_of(("stbllm", "4:8"), stbllm, {"wikitext2": 100.0, "c4": 150.0}),
+        result_of(("stbllm", "4:8"), {**stbllm, "calibration": {"seed": 1}}, {"wikitext2": 121.0, "c4": 150.0}),
+        result_of(("stbllm", "6:8"), {**stbllm, "sparsity": "6:8"}, {"wikitext2": 80.0}, (0.9, 3.1)),
+        result_of(("rtn", "1 bit"), {"method": "rtn", "options": {"bits": 1}}, {"wikitext2": 2.5e6}, (1, 1.25)),
+        result_of(("no salient columns", ""), changed, {"wikitext2": 132.0}, group="ablations", baseline="stbllm 4:8"),
+        result_of(("no compensation", ""), worse, {"wikitext2": 550.0}, group="ablations", baseline="stbllm 4:8"),
+        result_of(("codes", "0.1 bits"), {"method": "codes"}, {}, error="0.1 stored bits cannot be reached"),
+    ):
+        record(out, result)
+    return out
+
+
+def test_the_table(results: Path) -> None:
+    """Seeds merged, ablations related to their baseline, failures with their reason, the protocol in words."""
+    text = subbit.compare([results])
+    assert "Perplexity: test text, at most 20 windows of 2048 tokens without overlap, float32." in text
+    assert "| dense | 16 | 16 | 17 | 2.0 | – | 20.00 ± 2.00 | 30.00 ± 3.00 | – | – |" in text
+    row = "| stbllm 4:8 | 0.600 | 2.800 | 3.800 | 2.0 | 0.0500 | 110.0 ± 11.0 (100.0 … 121.0, 2 seeds) |"
+    assert row in text
+    assert "| rtn 1 bit | 1.000 | 1.250 | 2.250 | 2.0 | 0.0500 | 2,500,000 ± 250,000 | – | 1.5 | 1.50 |" in text
+    assert "| no salient columns | 0.600 | 2.800 | 3.800 | 2.0 | 0.0500 | 132.0 ± 13.2 | +20 % | 1.5 | 1.50 |" in text
+    assert "| 550.0 ± 55.0 | 5.0 × |" in text
+    assert "- codes 0.1 bits: 0.1 stored bits cannot be reached" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ") and "wikitext2" in line}
+    assert widths == {11}
+
+
+def test_results_that_cannot_be_compared_stay_apart(results: Path, tmp_path: Path) -> None:
+    """Another model or protocol is another section, also from another file; equal results are not doubled."""
+    other = tmp_path / "other.json"
+    longer = result_of(("stbllm", "4:8"), {"method": "stbllm"}, {"wikitext2": 90.0})
+    record(other, {**longer, "key": "x", "protocol": {**longer["protocol"], "max_windows": None}})
+    record(other, {**longer, "key": "y", "model": {"name": "Qwen", "digest": "e"}})
+    sections = read_sections([results, other, results])
+    assert [(section.model, len(section.rows)) for section in sections] == [("Llama", 7), ("Llama", 1), ("Qwen", 1)]
+    assert "all windows of the text" in markdown(sections)
+
+
+def test_numbers_as_people_write_them() -> None:
+    """Three digits or so."""
+    assert [short(value) for value in (9.876, 345.67, 12345.6, 2.5e8, math.inf)] == [
+        "9.88",
+        "345.7",
+        "12,346",
+        "2.5e+08",
+        "∞",
+    ]
+    assert [change(value) for value in (1.034, 0.876, 2.5)] == ["+3.4 %", "−12 %", "2.5 ×"]
+
+
+def test_the_figures(results: Path, tmp_path: Path) -> None:
+    """A curve for every data set, with the published one beside it, and the ablations; equal results, equal files."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "report"
+    text = subbit.compare([results], out, published=PUBLISHED)
+    assert (out / "comparison.md").read_text() == text
+    curves = [f"perplexity-{dataset}.{kind}" for dataset in ("c4", "wikitext2") for kind in ("png", "svg")]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"ablations-wikitext2.{kind}" for kind in ("png", "svg")),
+        "comparison.md",
+        *curves,
+    ]
+    curve = (out / "perplexity-wikitext2.svg").read_text()
+    for words in ("What a bit buys", "stbllm 6:8", "dense, 16 bits: 20.00", "1 bit ↑ 2,500,000", "PBS²P 6:8"):
+        assert words in curve
+    assert "20 windows of 2048 tokens without overlap" in curve
+    ablations = (out / "ablations-wikitext2.svg").read_text()
+    assert "132.0  (+20 %)" in ablations
+    assert (out / "perplexity-wikitext2.png").read_bytes().startswith(b"\x89PNG")
+    subbit.compare([results], tmp_path / "again", published=PUBLISHED)
+    assert (tmp_path / "again" / "perplexity-wikitext2.svg").read_text() == curve
+
+
+def test_checkpoints_beside_each_other(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
+    """Bits, bytes and error; a figure of the error, since nothing was evaluated; with facts the perplexity as well."""
+    for sparsity in ("4:8", "6:8"):
+        subbit.compress(tiny("opt"), recipe_for("stbllm", sparsity=sparsity), tmp_path / f"at-{sparsity[0]}")
+    sources = [tmp_path / "at-4", tmp_path / "at-6"]
+    has_figures = importlib.util.find_spec("matplotlib") is not None
+    text = subbit.compare(sources, tmp_path / "report", figures=has_figures)
+    facts = subbit.inspect(sources[0])
+    assert f"| at-4 | {facts['bits']['nominal']:.3f} | {facts['bits']['stored']:.3f} |" in text
+    assert "| at-6 |" in text
+    assert (tmp_path / "report" / "output-error.svg").exists() == has_figures
+    save_facts(Task("evaluate", "", str(facts_file(sources[0]))), perplexity={"k": measured(123.0)})
+    text = subbit.compare(sources)
+    assert "perplexity, wikitext2 (20 × 2048 tokens)" in text
+    assert "| 123.0 ± 12.3 |" in text
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["sweep", "MODEL", "-o", "OUT", "--methods", "luck"], "there is no method 'luck'"),
+        (["sweep", "MODEL", "-o", "OUT", "--methods", ""], "at least one method and one seed"),
+        (["sweep", "MODEL", "-o", "OUT", "--sparsity", "9:8"], "N must be between 1 and 7"),
+        (["sweep", "MODEL", "-o", "OUT", "--seeds", "a"], "--seeds 'a' is not a comma-separated list of numbers"),
+        (["sweep", "MODEL", "-o", "OUT", "--seeds", ""], "at least one method and one seed"),
+        (
+            ["sweep", "MODEL", "-o", "OUT", "--methods", "gptq", "--code-bits", "9"],
+            "bits: Input should be 1, 2, 3 or 4",
+        ),
+        (["sweep", "MODEL", "-o", "OUT", "--dataset", "wikitext3"], "unknown data set 'wikitext3'"),
+        (["sweep", "MODEL", "-o", "OUT", "--entries", "no.yaml"], "cannot read the recipe no.yaml"),
+        (["sweep", "MODEL", "-o", "OUT", "--effort", "all", "--methods", "codes"], "there is no effort 'all'"),
+        (["sweep", "MODEL", "-o", "OUT", "--set", "colour=red"], "colour: Extra inputs are not permitted"),
+        (["compare", "missing.json"], "missing.json does not exist"),
+        (["compare", "MODEL"], "was not compressed by subbit"),
+        (["compare", "EMPTY"], "there are no results in"),
+        (["compare", "TEXT"], "is no results file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], complaint: str, run: test_cli.Run, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    """Exit code 2, and no file."""
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"subbit_sweep": 1, "results": []}')
+    known = {"MODEL": tiny("opt"), "OUT": tmp_path / "out.json", "EMPTY": empty, "TEXT": text_file}
+    test_cli.assert_one_line(run(*(known.get(argument, argument) for argument in arguments)), complaint)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.json"]
+
+
+def test_a_model_that_cannot_be_read_is_one_line(
+    run: test_cli.Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a worker that finds out; nothing is left behind."""
+    monkeypatch.setattr(sweep_module, "run_task", lambda sweep, task: f"{task.model} does not exist")
+    command = ["sweep", tmp_path / "none", "-o", tmp_path / "out.json", "--dataset", text_file]
+    test_cli.assert_one_line(run(*command), "does not exist")
+    assert not list(tmp_path.iterdir())
+
+
+def test_listing_runs_nothing(run: test_cli.Run, tmp_path: Path) -> None:
+    """One line an entry."""
+    ran = run("sweep", "x", "-o", tmp_path / "out.json", "--methods", "dense,pbs2p", "--seeds", "0,1", "--list")
+    assert ran.out.splitlines() == ["sweep: dense", "sweep: pbs2p 4:8", "sweep: pbs2p 4:8, seed 1"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_and_compare_on_the_command_line(
+    pretend: Pretended, run: test_cli.Run, text_file: Path, tmp_path: Path
+) -> None:
+    """The summary, exit code 1 if something failed, then the table."""
+    out = tmp_path / "out.json"
+    pretend.fails = {"rtn": "no"}
+    ran = run("sweep", "x", "-o", out, "--methods", "dense,rtn,pbs2p", "--dataset", text_file)
+    assert ran.code == 1
+    assert ran.out.startswith(f"2 results in {out}, 1 failed\n")
+    ran = run("compare", out)
+    assert ran.code == 0
+    assert "| pbs2p 4:8 | 0.600 | 3.000 |" in ran.out
+    assert "- rtn 4 bits: no" in ran.out
+
+
+# ---- the benchmarks --------------------------------------------------------------------------------------------------
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of the folder benchmarks as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_papers_sweep_is_well_formed() -> None:
+    """Every recipe of every group is valid, no name stands twice in a group, and each ablation changes something."""
+    papers = benchmark("papers")
+    args = argparse.Namespace(group=None, calibration="wikitext2", samples=128, seq_len=512, effort="fast", seeds=[0])
+    entries: list[Entry] = papers.build_entries(args)
+    names = [(entry.group, entry.name) for entry in entries]
+    assert len(set(names)) == len(names)
+    assert set(papers.GROUPS) == {entry.group for entry in entries}
+    recipes = {(entry.group, entry.name): entry.recipe for entry in entries}
+    for entry in entries:
+        if entry.baseline:
+            assert recipes[entry.group, entry.baseline] not in (None, entry.recipe), entry.name
+    ablations = [entry for entry in entries if entry.baseline]
+    assert len({recipe_key(entry.recipe, "m") for entry in ablations}) == len(ablations)
+
+
+def test_method_speed_measures_and_finds_the_growth() -> None:
+    """Rows of every method with an error that shows that it worked."""
+    speed = benchmark("method_speed")
+    device = torch.device("cpu")
+    rows = [row for size in (64, 128) for row in speed.measure(size, ["gptq", "codes"], 1, device)]
+    grown = speed.with_growth(rows)
+    assert [(row["method"], row["size"]) for row in grown] == [
+        (name, size) for size in (64, 128) for name in ("inverse factor", "gptq", "codes")
+    ]
+    assert all(0 < row["output_error"] < 1 for row in grown if row["method"] != "inverse factor")
+    assert [row["growth"] is None for row in grown] == [True] * 3 + [False] * 3
+
+
+def test_the_published_numbers_fit_together() -> None:
+    """Every point has every model, and stored bits belong to a point."""
+    published = json.loads(PUBLISHED.read_text())
+    names = {f"{point['method']} {point['label']}" for point in published["points"]}
+    assert set(published["stored_bits"]) - {"source"} <= names
+    assert all(set(point["perplexity"]) == set(published["dense"]) for point in published["points"])
