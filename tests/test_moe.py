@@ -35,6 +35,12 @@ Recipes = Callable[..., Recipe]
 TUNED = {"reconstruction": {"steps": 3, "batch": 2}, "distillation": {"steps": 2, "batch": 2, "held_out": 1}}
 
 
+@pytest.fixture(autouse=True)
+def on_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared here is the format; the native kernels round their tables (tests/test_native.py)."""
+    monkeypatch.setenv("SUBBIT_NATIVE", "0")
+
+
 class Lines:
     """A progress that keeps its lines; one that holds ``stop`` ends the run."""
 

@@ -67,6 +67,12 @@ RATES = Rates(latents=1e-2, scales=2e-3, norms=1e-3)
 WINDOWS = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def on_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared here is the format; the native kernels round their tables (tests/test_native.py)."""
+    monkeypatch.setenv("SUBBIT_NATIVE", "0")
+
+
 def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
