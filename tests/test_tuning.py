@@ -73,12 +73,6 @@ def on_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUBBIT_NATIVE", "0")
 
 
-@pytest.fixture(autouse=True)
-def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native kernels round their inputs; what is stored is compared here, so loaded models run on the reference."""
-    monkeypatch.setenv("SUBBIT_NATIVE", "0")
-
-
 def seeded(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
