@@ -11,12 +11,11 @@ from torch import Tensor
 from subbit.binary.allocate import allocate_bytes
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity
-from subbit.binary.scales import quadratic_error
 from subbit.errors import UserError
 from subbit.job import Job
+from subbit.layerwise import relative_output_error
 from subbit.methods.codes import CodesOptions, codes
-from subbit.models.layout import fused_groups
-from subbit.models.streaming import LayerCall, release
+from subbit.models.streaming import LayerCall
 from subbit.packing.codes import CodesSpec
 
 __all__ = ["Choice", "plan_budget", "stored_bytes"]
@@ -39,11 +38,11 @@ class Choice:
     weights: int  # of all linears, and of whatever else counts in the stored bits
 
     @classmethod
-    def of(cls, job: Job, free: dict[str, int], fixed: dict[str, tuple[int, int]]) -> Choice:
+    def of(cls, job: Job, units: list[list[str]], fixed: dict[str, tuple[int, int]]) -> Choice:
         """See :func:`plan_budget`.
 
         Args:
-            free: linears that the budget decides on → weights.
+            units: linears that the budget decides on; those of a unit get one N:M.
             fixed: what else counts in the stored bits → weights, bytes.
 
         Raises:
@@ -51,13 +50,13 @@ class Choice:
         """
         layers = range(job.layout.num_layers)
         shapes = {name: linear.weight.shape for index in layers for name, linear in job.linears(index).items()}
-        units = units_of(job, free)
         formats = [unit_formats([shapes[name][1] for name in unit]) for unit in units]
         sizes = [
             [sum(stored_bytes(shapes[name], form, job.recipe.options) for name in unit) for form in forms]
             for unit, forms in zip(units, formats, strict=True)
         ]
-        weights = sum(free.values()) + sum(count for count, _ in fixed.values())
+        weights = sum(shapes[name].numel() for unit in units for name in unit)
+        weights += sum(count for count, _ in fixed.values())
         choice = cls(units, formats, sizes, sum(size for _, size in fixed.values()), weights)
         # rounded up, so that what the messages name can be reached
         least, most = (math.ceil(1e4 * choice.bits([end] * len(units))) / 1e4 for end in (0, -1))
@@ -98,15 +97,6 @@ def plan_budget(job: Job, choice: Choice, hidden: Tensor, calls: list[LayerCall]
     }
 
 
-def units_of(job: Job, free: dict[str, int]) -> list[list[str]]:
-    """Linears that get one N:M: what serving engines fuse."""
-    return [
-        unit
-        for index in range(job.layout.num_layers)
-        for unit in fused_groups([name for name in job.linears(index) if name in free])
-    ]
-
-
 def unit_formats(in_features: list[int]) -> list[str]:
     """The formats whose M divides all of ``in_features``, ascending in bits."""
     return [form for form in RELATIVE_ERROR if all(size % Sparsity.parse(form).m == 0 for size in in_features)]
@@ -122,21 +112,13 @@ def measure_errors(job: Job, names: set[str], hidden: Tensor, calls: list[LayerC
     """Relative output error of every linear at 2:8 without a sweep, on the dense model's activations."""
     quick = replace(job.recipe.options, sweeps=0)
     errors: dict[str, float] = {}
-    with job.progress.stage("budget: error of every linear") as report:
-        for index in range(job.layout.num_layers):
-            layer = job.materialize(index)
-            linears = {name: linear for name, linear in job.linears(index).items() if name in names}
-            with job.collect_grams(linears) as grams:
-                hidden = job.run(index, calls[index], hidden)
-            for leader, shared in grams.shared().items():
-                gram = grams.gram(leader)
-                factor = inverse_factor(gram, quick.damping)
-                for name in shared:
-                    weight = linears[name].weight.detach()
-                    sparsity = Sparsity.parse(MEASURED if weight.shape[1] % 8 == 0 else "1:4")
-                    lost = weight - codes(weight, gram, factor, sparsity, quick).dense()
-                    total = float(quadratic_error(weight, gram).sum())
-                    errors[name] = float(quadratic_error(lost, gram).sum()) / total if total > 0 else 0.0
-            release(layer)
-            report(index + 1, job.layout.num_layers)
+    for layer in job.dense_pass("budget: error of every linear", hidden, calls, names):
+        for leader, shared in layer.grams.shared().items():
+            gram = layer.grams.gram(leader)
+            factor = inverse_factor(gram, quick.damping)
+            for name in shared:
+                weight = layer.linears[name].weight.detach()
+                sparsity = Sparsity.parse(MEASURED if weight.shape[1] % 8 == 0 else "1:4")
+                dense = codes(weight, gram, factor, sparsity, quick).dense()
+                errors[name] = relative_output_error(weight, dense, gram)
     return errors

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from subbit.checkpoint.writer import CheckpointWriter
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.layerwise import check_exact, check_scales, install
+from subbit.layerwise import check_scales, install, pack_exactly
 from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
-from subbit.packing.layout import pack, read_spec
+from subbit.packing.layout import read_spec
 from subbit.progress import Report
 from subbit.tuning.distill import Student, distill, mean_divergence, optimizer_tensors
 from subbit.tuning.optimizer import Rates, tuned_norms
@@ -167,8 +167,6 @@ def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], fa
             assert isinstance(tunable, Tunable)
             linear = tunable.linear()
             check_scales(name, linear)
-            spec, packed = pack(linear)
-            check_exact(name, linear.dense(), spec, packed)
-            tensors.update({f"{name}.{key}": value.cpu() for key, value in packed.items()})
+            tensors.update(pack_exactly(name, linear, linear.dense())[1])
         described.append({**old, **writer.stage_layer(index, tensors)})
     writer.commit_staged(described, distillation=facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,21 @@ from subbit.calibration.gram import GramCollector
 from subbit.errors import UserError
 from subbit.models.layout import ModelLayout, layer_linears
 from subbit.models.source import ModelSource
-from subbit.models.streaming import LayerCall, materialize, run_layer
+from subbit.models.streaming import LayerCall, materialize, release, run_layer
 from subbit.progress import Progress
 from subbit.recipe import Recipe
 
-__all__ = ["Job"]
+__all__ = ["DenseLayer", "Job"]
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A decoder layer of the dense model, in memory, after it ran."""
+
+    linears: dict[str, nn.Linear]  # by full name
+    grams: GramCollector
+    before: Tensor  # (samples, seq_len, hidden) float32, what entered it
+    after: Tensor  # what left it
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,27 @@ class Job:
         for number, sample in enumerate(hidden):
             output[number] = run_layer(self.layer(index), call, sample[None].to(self.device))[0].cpu()
         return output
+
+    def dense_pass(
+        self, stage: str, hidden: Tensor, calls: list[LayerCall], names: Container[str] | None = None
+    ) -> Iterator[DenseLayer]:
+        """Run the dense model layer by layer with the statistics of its linears; a layer is there until the next one.
+
+        Args:
+            stage: what the progress is called.
+            hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; not changed.
+            names: of the linears to look at; None: all.
+        """
+        with self.progress.stage(stage) as report:
+            for index in range(self.layout.num_layers):
+                layer = self.materialize(index)
+                linears = {name: one for name, one in self.linears(index).items() if names is None or name in names}
+                with self.collect_grams(linears) as grams:
+                    output = self.run(index, calls[index], hidden)
+                yield DenseLayer(linears, grams, hidden, output)
+                release(layer)
+                hidden = output
+                report(index + 1, self.layout.num_layers)
 
     def read_others(self, prefix: str, done: set[str]) -> dict[str, Tensor]:
         """Stored tensors under ``prefix`` except ``done``, in the dtype of the checkpoint (float16 for GGUF)."""

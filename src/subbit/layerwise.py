@@ -25,7 +25,7 @@ from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.reconstruct import reconstruct
 from subbit.tuning.tunable import make_tunable
 
-__all__ = ["check_exact", "check_scales", "compress_layer", "install", "pack_linear"]
+__all__ = ["check_scales", "compress_layer", "install", "pack_exactly", "relative_output_error"]
 
 
 def compress_layer(
@@ -49,10 +49,11 @@ def compress_layer(
     dampings: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for leader, names in grams.shared().items():
-        factor = inverse_factor(grams.gram(leader), job.recipe.options.damping)
+        gram = grams.gram(leader)
+        factor = inverse_factor(gram, job.recipe.options.damping)
         for name in names:
             started = time.monotonic()
-            results[name] = run_method(job, name, weights[name], grams.gram(leader), factor, planned[name])
+            results[name] = run_method(job, name, weights[name], gram, factor, planned[name])
             dampings[name] = factor.damping
             seconds[name] = round(time.monotonic() - started, 3)
             warn_about(job, name, factor, grams.tokens(leader) + grams.borrowed(leader))
@@ -64,13 +65,20 @@ def compress_layer(
     packed: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for leader, names in grams.shared().items():
+        gram = grams.gram(leader)
+        counts = {"tokens": grams.tokens(leader), "borrowed_tokens": grams.borrowed(leader)}
         for name in names:
-            tensors, described[name] = pack_linear(name, results[name], weights[name], grams.gram(leader))
+            dense = results[name].dense()
+            spec, tensors = pack_exactly(name, results[name], dense)
             packed.update(tensors)
-            described[name].update(sparsity=planned[name], damping=dampings[name])
-            counts = {"tokens": grams.tokens(leader), "borrowed_tokens": grams.borrowed(leader)}
+            described[name] = {
+                **describe(spec),
+                "error": relative_output_error(weights[name], dense, gram),
+                "sparsity": planned[name],
+                "damping": dampings[name],
+            }
             writer.log("linear", name=name, **counts, seconds=seconds[name], **described[name])
-            linears[name].weight.copy_(results[name].dense())
+            linears[name].weight.copy_(dense)
     facts["linears"] = {name: described[name] for name in linears}
     return packed | others, facts
 
@@ -166,32 +174,25 @@ def install(layer: nn.Module, prefix: str, modules: Mapping[str, nn.Module]) -> 
         layer.set_submodule(name.removeprefix(prefix + "."), module)
 
 
-def pack_linear(
-    name: str, result: CompressedLinear, weight: Tensor, gram: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The stored tensors (CPU) of one linear by full name, and what the manifest says of it.
+def pack_exactly(name: str, linear: CompressedLinear, dense: Tensor) -> tuple[LinearSpec, dict[str, Tensor]]:
+    """The description of a linear, and its stored tensors (CPU) by full name.
 
-    Args:
-        weight: (out, in) float32, the dense weights.
-        gram: (in, in) float32, for the error.
+    The packed form must decode to exactly ``dense``, the value of the linear; anything else is a defect of ours.
     """
-    spec, packed = pack(result)
-    dense = result.dense()
-    check_exact(name, dense, spec, packed)
-    facts = {
+    spec, packed = pack(linear)
+    if not torch.equal(spec.decode_rows(packed), dense):
+        raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
+    return spec, {f"{name}.{key}": value.cpu() for key, value in packed.items()}
+
+
+def describe(spec: LinearSpec) -> dict[str, Any]:
+    """What the manifest says of every linear of a description."""
+    return {
         "spec": spec.to_dict(),
         "label": spec.label,
         "weights": spec.out_features * spec.in_features,
         "bytes": spec.stored_bytes,
-        "error": relative_output_error(weight, dense, gram),
     }
-    return {f"{name}.{key}": value.cpu() for key, value in packed.items()}, facts
-
-
-def check_exact(name: str, dense: Tensor, spec: LinearSpec, packed: dict[str, Tensor]) -> None:
-    """The packed form must decode to exactly what the method returned; anything else is a defect of ours."""
-    if not torch.equal(spec.decode_rows(packed), dense):
-        raise RuntimeError(f"{name}: the packed weights differ from the method's result; please report this")
 
 
 def relative_output_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:

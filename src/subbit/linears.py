@@ -15,6 +15,7 @@ __all__ = [
     "CompressedLinear",
     "GroupedBinaryLinear",
     "UniformLinear",
+    "grouped_weight",
     "level_index",
     "levels",
     "scale_count",
@@ -78,6 +79,22 @@ def level_index(positive: Tensor, symbol: Tensor, salient: Tensor, regions: int)
     return torch.where(salient, twice, 2 * symbol + sign).long()
 
 
+def grouped_weight(
+    table: Tensor, index: Tensor, keep: Tensor, block_size: int, column_scales: Tensor | None = None
+) -> Tensor:
+    """(out, in) float32: every kept weight looked up in the levels of its (row, block), zero elsewhere.
+
+    Args:
+        table: (out, blocks, levels) float32, see :func:`levels`.
+        index: (out, in) integer, see :func:`level_index`.
+        keep: (out, in) bool.
+        column_scales: (in,), multiply the values.
+    """
+    blocks = [table[:, block].gather(1, part.long()) for block, part in enumerate(index.split(block_size, dim=1))]
+    weight = torch.where(keep, torch.cat(blocks, dim=1), 0.0)
+    return weight if column_scales is None else weight * column_scales.float()
+
+
 @dataclass(frozen=True)
 class GroupedBinaryLinear:
     """N:M-sparse binary weights with regions and residual columns (BiLLM, ARB-LLM, STBLLM, PBS²P).
@@ -117,11 +134,7 @@ class GroupedBinaryLinear:
         """(out, in) float32: the weights. Every kernel and every format must give exactly these numbers."""
         table = levels(self.scales, self.regions)
         index = level_index(self.positive, self.symbol, self.salient, self.regions)
-        blocks = [
-            table[:, block].gather(1, columns) for block, columns in enumerate(index.split(self.block_size, dim=1))
-        ]
-        weight = torch.where(self.keep, torch.cat(blocks, dim=1), 0.0)
-        return weight if self.column_scales is None else weight * self.column_scales.float()
+        return grouped_weight(table, index, self.keep, self.block_size, self.column_scales)
 
 
 @dataclass(frozen=True)
@@ -143,12 +156,14 @@ class CodesLinear:
         """(out,) or (out + in,) float16: all of its scales."""
         return self.row_scales if self.column_scales is None else torch.cat([self.row_scales, self.column_scales])
 
+    def size(self) -> Tensor:
+        """(out, in) or (out, 1) float32: r_i · c_j, the size of a kept weight."""
+        row = self.row_scales.float()[:, None]
+        return row if self.column_scales is None else row * self.column_scales.float()
+
     def dense(self) -> Tensor:
         """(out, in) float32: (r_i · c_j) · z_ij, exact in float32 since both factors are float16."""
-        scale = self.row_scales.float()[:, None]
-        if self.column_scales is not None:
-            scale = scale * self.column_scales.float()
-        return scale * self.signs
+        return self.size() * self.signs
 
 
 def uniform_values(scales: Tensor, codes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from subbit.budget import Choice, plan_budget, stored_bytes
 from subbit.errors import UserError
 from subbit.job import Job
 from subbit.models.layout import fused_groups, router_linears, uncompressed_matrices
-from subbit.models.streaming import LayerCall, release
+from subbit.models.streaming import LayerCall
 from subbit.recipe import Recipe
 
 __all__ = ["Plan", "make_plan", "plan_sparsity"]
@@ -27,6 +27,7 @@ class Plan:
     sparsities: dict[str, str]  # by overrides
     left_dense: dict[str, str]  # parameter or linear → why
     free: dict[str, int]  # linears that the allocator decides on → weights
+    choice: Choice | None = None  # what a budget can choose from, where the recipe has one
 
 
 def plan_sparsity(
@@ -39,11 +40,10 @@ def plan_sparsity(
         calls: what each decoder layer is given besides.
     """
     sparsities = dict(plan.sparsities)
-    if job.recipe.bits is None or not plan.free:
+    if plan.choice is None or not plan.free:
         sparsities.update(allocate_linears(job, plan.free, Sparsity.parse(job.recipe.sparsity), hidden, calls))
     else:
-        choice = Choice.of(job, plan.free, fixed_parts(job, plan))
-        sparsities.update(plan_budget(job, choice, hidden[: job.recipe.allocation.samples], calls))
+        sparsities.update(plan_budget(job, plan.choice, hidden[: job.recipe.allocation.samples], calls))
     for name, reason in plan.left_dense.items():
         job.progress.line(f"left dense: {name} ({reason})")
     return {name: sparsities[name] for name in linear_names(job) if name in sparsities}, plan.left_dense
@@ -84,7 +84,7 @@ def make_plan(job: Job, may_be_empty: bool = False) -> Plan:
             f"nothing to compress: no linear of the model has in_features that is a multiple of M = {target.m}"
         )
     if job.recipe.bits is not None and (plan.free or plan.sparsities or plan.left_dense):
-        Choice.of(job, plan.free, fixed_parts(job, plan))
+        plan.choice = Choice.of(job, allocation_units(job, plan.free), fixed_parts(job, plan))
     return plan
 
 
@@ -139,7 +139,7 @@ def allocate_linears(
 
 
 def allocation_units(job: Job, free: dict[str, int]) -> list[list[str]]:
-    """Linears that get one N: a whole decoder layer (cosine, sine), or what serving engines fuse (l2, outliers)."""
+    """Linears that get one N: a whole decoder layer (cosine, sine), or what serving engines fuse (all others)."""
     units: list[list[str]] = []
     for index in range(job.layout.num_layers):
         names = [name for name in job.linears(index) if name in free]
@@ -169,21 +169,14 @@ def unit_importance(job: Job, units: list[list[str]], hidden: Tensor, calls: lis
 def measured_importance(job: Job, hidden: Tensor, calls: list[LayerCall]) -> dict[str, float]:
     """Importance of every linear for the kinds that need activations: one pass through the dense model."""
     importance: dict[str, float] = {}
-    with job.progress.stage("layer importance") as report:
-        for index in range(job.layout.num_layers):
-            layer = job.materialize(index)
-            linears = job.linears(index)
-            with job.collect_grams(linears) as grams:
-                output = job.run(index, calls[index], hidden)
-            if job.recipe.allocation.kind == "cosine":
-                importance.update(dict.fromkeys(linears, cosine_importance(hidden.flatten(0, 1), output.flatten(0, 1))))
-            else:
-                for leader, names in grams.shared().items():
-                    norm = grams.gram(leader).diagonal().sqrt()
-                    importance.update({name: outlier_share(linears[name].weight, norm) for name in names})
-            release(layer)
-            hidden = output
-            report(index + 1, job.layout.num_layers)
+    for layer in job.dense_pass("layer importance", hidden, calls):
+        if job.recipe.allocation.kind == "cosine":
+            cosine = cosine_importance(layer.before.flatten(0, 1), layer.after.flatten(0, 1))
+            importance.update(dict.fromkeys(layer.linears, cosine))
+        else:
+            for leader, names in layer.grams.shared().items():
+                norm = layer.grams.gram(leader).diagonal().sqrt()
+                importance.update({name: outlier_share(layer.linears[name].weight, norm) for name in names})
     return importance
 
 

@@ -13,6 +13,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from subbit.binary.codebook import kept_columns
 from subbit.errors import CheckpointError
 
 __all__ = [
@@ -32,15 +33,6 @@ __all__ = [
 def codeword_bits(n: int, m: int) -> int:
     """Bits of one codeword of N:M."""
     return (comb(m, n) - 1).bit_length() + n
-
-
-@lru_cache(maxsize=64)
-def kept_columns(n: int, m: int) -> Tensor:
-    """(C(M, N), N) int64: the kept columns of every mask, masks in rank order, columns ascending."""
-    patterns = torch.arange(2**m)
-    bits = (patterns[:, None] >> torch.arange(m)) & 1
-    chosen = bits[bits.sum(dim=1) == n]
-    return chosen.nonzero()[:, 1].reshape(-1, n)
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from subbit.binary.codebook import kept_columns
 from subbit.errors import CheckpointError, UserError
-from subbit.packing.codec import kept_columns
 from subbit.packing.codes import CodesSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from subbit.binary.nm import Sparsity, keep_top
-from subbit.linears import CodesLinear, CompressedLinear, GroupedBinaryLinear, level_index, levels, scale_slots
+from subbit.linears import (
+    CodesLinear,
+    CompressedLinear,
+    GroupedBinaryLinear,
+    grouped_weight,
+    level_index,
+    levels,
+    scale_slots,
+)
 
 __all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable"]
 
@@ -103,9 +111,7 @@ class TunableCodes(Tunable):
 
 def start_latent(linear: CodesLinear, weight: Tensor) -> Tensor:
     """(out, in) float32: W/(r·c), moved only as far as it must to be rounded to the codewords that were chosen."""
-    scale = linear.row_scales.float()[:, None]
-    if linear.column_scales is not None:
-        scale = scale * linear.column_scales.float()
+    scale = linear.size()
     relative = weight / torch.where(scale.abs() < 1e-12, 1.0, scale)
     kept = linear.signs * (relative * linear.signs).clamp(BOUNDARY + MARGIN, LARGEST_LATENT)
     return torch.where(linear.signs != 0, kept, relative.clamp(MARGIN - BOUNDARY, BOUNDARY - MARGIN))
@@ -188,13 +194,7 @@ class TunableGroupedBinary(Tunable):
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         table = levels(self.start + self.unit * self.change, self.fixed.regions)
-        blocks = [
-            table[:, block].gather(1, columns.long())
-            for block, columns in enumerate(self.index.split(self.fixed.block_size, dim=1))
-        ]
-        weight = torch.where(self.keep, torch.cat(blocks, dim=1), 0.0)
-        if self.fixed.column_scales is not None:
-            weight = weight * self.fixed.column_scales.float()
+        weight = grouped_weight(table, self.index, self.keep, self.fixed.block_size, self.fixed.column_scales)
         return nn.functional.linear(inputs, weight, self.bias)
 
     def scale_parameters(self) -> list[nn.Parameter]:
