@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that compare what is stored: the native kernels round their tables (tests/test_native.py)."""
+    monkeypatch.setenv("SUBBIT_NATIVE", "0")
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of evaluation text, $SUBBIT_DATA or ../shared/data beside the repository; skips where it is absent."""

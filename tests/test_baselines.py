@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import logits_of
 from reference import Blockwise, Floats, ReferenceBlock, ReferenceLinear, Settle
 from reference_baselines import (
     ArbChoices,
@@ -29,7 +30,7 @@ from reference_baselines import (
     released_linear,
 )
 from test_methods import AWKWARD, BLOCK, COLUMNS, ROWS, awkward, condition, output_error, problem
-from test_pipeline import dense_equivalent, dense_weights, logits_of
+from test_pipeline import dense_equivalent, dense_weights
 from torch import Tensor
 
 import subbit

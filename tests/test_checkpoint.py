@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file, save_file
+from checkpoints import change_file, logits_of
+from families import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subbit
 from subbit import CheckpointError, Recipe
@@ -67,13 +68,6 @@ def compressed(
 def copied(compressed: Callable[[str], Path], tmp_path: Path) -> Path:
     """A private copy of a llama, for a test to break."""
     return Path(shutil.copytree(compressed("llama-gqa"), tmp_path / "copied"))
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
 
 
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
@@ -231,16 +225,8 @@ def remove_shard(directory: Path) -> None:
 
 
 def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite a shard as somebody with safetensors would, index included; no checksum can complain afterwards."""
-    path = directory / "model-layer-00001.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != path.name}
-    index["weight_map"].update(dict.fromkeys(tensors, path.name))
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "subbit_manifest.json").unlink(missing_ok=True)
+    """See :func:`change_file`; of the shard of layer 1."""
+    change_file(directory, "model-layer-00001.safetensors", change)
 
 
 CODES = "model.layers.1.mlp.up_proj.codes"

@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from families import VOCABULARY
-from safetensors.torch import load_file
+from checkpoints import logits_of, stored_tensors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import subbit
 from subbit import CheckpointError, Recipe
@@ -571,13 +570,6 @@ def test_a_group_that_is_no_codeword_is_not_packed() -> None:
 # --- a whole model ----------------------------------------------------------------------------------------------------
 
 
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
-
-
 @pytest.mark.parametrize(("family", "sparsity"), [("llama-gqa", "2:8"), ("qwen2", "1:8"), ("opt", "none")])
 def test_a_loaded_model_is_its_dense_equivalent(
     family: str, sparsity: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -586,7 +578,7 @@ def test_a_loaded_model_is_its_dense_equivalent(
     out = tmp_path / "out"
     subbit.compress(tiny(family), recipe_for("codes", sparsity=sparsity, options={"sweeps": 1}), out)
     expected = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
-    tensors = {name: t for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
+    tensors = stored_tensors(out)
     specs = json.loads((out / "config.json").read_text())["quantization_config"]["linears"]
     assert {values["kind"] for values in specs.values()} == {"codes"}
     for name, values in specs.items():

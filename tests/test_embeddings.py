@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import change_file, logits_of, stored_tensors, token_ids
 from families import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,13 +62,6 @@ def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
 
 
-def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory."""
-    return {
-        name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
-    }
-
-
 def read_matrix(tensors: dict[str, Tensor], name: str, bits: int, columns: int) -> Tensor:
     """The matrix that docs/format.md defines, a weight at a time."""
     codes, zeros, scales = (tensors[f"{name}.{key}"] for key in ("codes", "zeros", "scales"))
@@ -90,16 +84,6 @@ def dense_equivalent(source: Path, compressed: Path, dtype: torch.dtype = torch.
     return model
 
 
-def token_ids() -> Tensor:
-    return torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=token_ids()).logits
-    return logits
-
-
 def edit_section(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the quantization_config."""
     config = json.loads((directory / "config.json").read_text())
@@ -108,16 +92,8 @@ def edit_section(directory: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def change_rest(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change what lies in model-rest.safetensors, index included, so that no checksum complains."""
-    path = directory / "model-rest.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != path.name}
-    index["weight_map"].update(dict.fromkeys(tensors, path.name))
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "subbit_manifest.json").unlink(missing_ok=True)
+    """See :func:`change_file`; of what is in no decoder layer."""
+    change_file(directory, "model-rest.safetensors", change)
 
 
 # ---- the packed form -------------------------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import MOE_FAMILIES, VOCABULARY, save_tiny, tiny_config, tiny_model, tiny_tokenizer
+from checkpoints import Lines, interrupt_at, logits_of, stored_tensors
+from families import MOE_FAMILIES, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV4Config, PreTrainedModel
@@ -30,40 +30,11 @@ from subbit.models.source import open_source
 from subbit.packing.layout import read_spec
 from subbit.runtime.linear import SubbitLinear
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 Tiny = Callable[[str], Path]
 Recipes = Callable[..., Recipe]
 TUNED = {"reconstruction": {"steps": 3, "batch": 2}, "distillation": {"steps": 2, "batch": 2, "held_out": 1}}
-
-
-@pytest.fixture(autouse=True)
-def on_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared here is the format; the native kernels round their tables (tests/test_native.py)."""
-    monkeypatch.setenv("SUBBIT_NATIVE", "0")
-
-
-class Lines:
-    """A progress that keeps its lines; one that holds ``stop`` ends the run."""
-
-    def __init__(self, stop: str = "\0") -> None:
-        self.lines: list[str] = []
-        self._stop = stop
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        if self._stop in text:
-            raise KeyboardInterrupt
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        @contextmanager
-        def nothing() -> Iterator[Callable[[int, int], None]]:
-            yield lambda done, total: None
-
-        return nothing()
-
-
-def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files."""
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def quantization(directory: Path) -> dict[str, Any]:
@@ -96,13 +67,6 @@ def dense_equivalent(source: Path, compressed: Path) -> PreTrainedModel:
         if parameter.dim() == 1 and name in tensors:  # norms, which are tuned too
             parameter.data.copy_(tensors[name])
     return model
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
 
 
 def assert_loads_as_its_dense_equivalent(source: Path, out: Path) -> PreTrainedModel:
@@ -409,7 +373,7 @@ def test_a_stopped_run_goes_on(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) 
     recipe = recipe_for("codes", **TUNED)
     subbit.compress(tiny("mixtral"), recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        subbit.compress(tiny("mixtral"), recipe, tmp_path / "stopped", progress=Lines("layer 2/3"))
+        subbit.compress(tiny("mixtral"), recipe, tmp_path / "stopped", progress=Lines(interrupt_at("layer 2/3")))
     progress = Lines()
     subbit.compress(tiny("mixtral"), recipe, tmp_path / "stopped", resume=True, progress=progress)
     assert "resuming: 2 of 3 layers are done" in progress.lines

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import Lines, logits_of, stored_tensors
 from families import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -27,32 +26,6 @@ from subbit.runtime.linear import SubbitLinear
 TEXT = "The river, & an old mill."
 Tiny = Callable[[str], Path]
 Recipes = Callable[..., Recipe]
-
-
-class Lines:
-    """A progress that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        @contextmanager
-        def nothing() -> Iterator[Callable[[int, int], None]]:
-            yield lambda done, total: None
-
-        return nothing()
-
-
-def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files, read without subbit."""
-    tensors = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-    return tensors
 
 
 def dense_weights(directory: Path) -> dict[str, Tensor]:
@@ -72,13 +45,6 @@ def dense_equivalent(source: Path, compressed: Path, dtype: torch.dtype = torch.
     for name, weight in dense_weights(compressed).items():
         model.get_parameter(f"{name}.weight").data.copy_(weight)
     return model
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
 
 
 def events(directory: Path, event: str) -> list[dict[str, Any]]:

@@ -16,12 +16,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import Lines
 from families import VOCABULARY, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -34,25 +34,6 @@ Recipes = Callable[..., Recipe]
 Events = Iterator[int]
 LAYERS = 3
 LOG = "subbit_log.jsonl"
-
-
-class Lines:
-    """A progress that keeps its lines, and does something at each."""
-
-    def __init__(self, react: Callable[[str], None] = lambda text: None) -> None:
-        self.lines: list[str] = []
-        self._react = react
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        self._react(text)
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        @contextmanager
-        def nothing() -> Iterator[Callable[[int, int], None]]:
-            yield lambda done, total: None
-
-        return nothing()
 
 
 def smallest_model(seed: int = 0, **changes: Any) -> PreTrainedModel:

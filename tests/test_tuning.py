@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_model, tiny_tokenizer
+from checkpoints import Lines, interrupt_at, logits_of, stored_tensors
+from families import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
-from test_resume import Lines, contents, die, in_a_fork, smallest_model
+from test_resume import contents, die, in_a_fork, smallest_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -59,18 +60,14 @@ from subbit.tuning.tunable import (
     nth_largest,
 )
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 Tiny = Callable[[str], Path]
 Recipes = Callable[..., Recipe]
 
 CPU = torch.device("cpu")
 RATES = Rates(latents=1e-2, scales=2e-3, norms=1e-3)
 WINDOWS = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def on_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared here is the format; the native kernels round their tables (tests/test_native.py)."""
-    monkeypatch.setenv("SUBBIT_NATIVE", "0")
 
 
 def seeded(number: int) -> torch.Generator:
@@ -673,10 +670,6 @@ TUNING: dict[str, Any] = {
 }
 
 
-def stored_tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
 def specs_of(directory: Path) -> dict[str, dict[str, Any]]:
     config = json.loads((directory / "config.json").read_text())
     linears: dict[str, dict[str, Any]] = config["quantization_config"]["linears"]
@@ -696,13 +689,6 @@ def dense_equivalent(source: Path, compressed: Path) -> PreTrainedModel:
         if name in tensors:
             parameter.data.copy_(tensors[name])
     return model
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=seeded(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
 
 
 def manifest(directory: Path) -> dict[str, Any]:
@@ -745,16 +731,8 @@ def test_the_next_layer_sees_what_is_in_the_file(recipe_for: Recipes, tmp_path: 
     recipe = recipe_for(
         "codes", calibration={"seq_len": 16}, reconstruction={"steps": 3, "batch": 2, "norm_rate": 0.02}
     )
-
-    class StopError(Exception):
-        pass
-
-    def react(text: str) -> None:
-        if text.startswith("layer 3/3"):
-            raise StopError
-
-    with pytest.raises(StopError):
-        subbit.compress(source, recipe, out, progress=Lines(react))
+    with pytest.raises(KeyboardInterrupt):
+        subbit.compress(source, recipe, out, progress=Lines(interrupt_at("layer 3/3")))
     work = load_file(out / ".subbit" / "hidden-00003.safetensors")
     windows = load_file(out / ".subbit" / "windows.safetensors")["windows"]
     subbit.compress(source, recipe, out, resume=True)
@@ -806,16 +784,8 @@ def test_distillation_starts_from_the_compressed_model(source: Path, recipe_for:
 
 def saved_windows(source: Path, recipe: Recipe, out: Path) -> Tensor:
     """The calibration windows of a run, from the working files that it leaves when it is stopped."""
-
-    class StopError(Exception):
-        pass
-
-    def react(text: str) -> None:
-        if text.startswith("layer 1/"):
-            raise StopError
-
-    with pytest.raises(StopError):
-        subbit.compress(source, recipe, out, progress=Lines(react))
+    with pytest.raises(KeyboardInterrupt):
+        subbit.compress(source, recipe, out, progress=Lines(interrupt_at("layer 1/")))
     return load_file(out / ".subbit" / "windows.safetensors")["windows"]
 
 

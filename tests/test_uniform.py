@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checkpoints import Lines, logits_of, stored_tensors
 from families import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -454,30 +453,10 @@ def test_more_bad_options() -> None:
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
-class Lines:
-    """A progress that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        @contextmanager
-        def nothing() -> Iterator[Callable[[int, int], None]]:
-            yield lambda done, total: None
-
-        return nothing()
-
-
 def dense_equivalent(source: Path, compressed: Path) -> PreTrainedModel:
     """transformers' own model of the source, with the weights that the compressed files stand for."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tensors = {}
-    for path in sorted(compressed.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    tensors = stored_tensors(compressed)
     linears = json.loads((compressed / "config.json").read_text())["quantization_config"]["linears"]
     for name, values in linears.items():
         assert values["kind"] == "uniform"
@@ -485,13 +464,6 @@ def dense_equivalent(source: Path, compressed: Path) -> PreTrainedModel:
         dense = spec.unpack({key: tensors[f"{name}.{key}"] for key in spec.tensors()}).dense()
         model.get_parameter(f"{name}.weight").data.copy_(dense)
     return model
-
-
-def logits_of(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
-    return logits
 
 
 @pytest.mark.parametrize(
