@@ -22,12 +22,12 @@ from typing import Any
 
 import subbit
 from subbit.comparison.entries import Entry, Protocol, with_seeds
+from subbit.comparison.published import PUBLISHED_FILE
 from subbit.effort import EFFORTS, merge
 from subbit.progress import ConsoleProgress
 
 SPARSITIES = ("4:8", "5:8", "6:8")
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.4)
-PUBLISHED = Path(__file__).parent.parent / "docs" / "results" / "published.json"
 
 # Series of the figures: what the papers call a method → recipe values.
 SERIES: dict[str, dict[str, Any]] = {
@@ -219,7 +219,7 @@ def main() -> int:
         )
         settings = {name: getattr(args, name) for name in ("work", "keep", "retry", "unpack", "device")}
         subbit.sweep(args.model, entries, args.out, protocol, progress=ConsoleProgress(), **settings)
-        print(subbit.compare([args.out], args.report, published=PUBLISHED), end="")
+        print(subbit.compare([args.out], args.report, published=PUBLISHED_FILE), end="")
     except subbit.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ import argparse
 import importlib.util
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ import torch
 import subbit
 from subbit import Recipe, UserError
 from subbit.comparison import sweep as sweep_module
+from subbit.comparison import worker
 from subbit.comparison.entries import (
     Entry,
     Protocol,
@@ -36,6 +39,7 @@ from subbit.comparison.entries import (
     recipe_key,
     with_seeds,
 )
+from subbit.comparison.published import PUBLISHED_FILE
 from subbit.comparison.results import read_results, record
 from subbit.comparison.rows import read_sections
 from subbit.comparison.sweep import how_it_ended
@@ -44,12 +48,13 @@ from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
 from subbit.comparison.worker import unpack_linears
 from subbit.effort import EFFORTS
 from subbit.loading import load_any
+from subbit.models.source import open_source
+from subbit.pipeline import model_digest
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
 run = test_cli.run  # the fixture: a command line in this process
 ROOT = Path(__file__).parent.parent
-PUBLISHED = ROOT / "docs" / "results" / "published.json"
 
 
 class Lines:
@@ -329,27 +334,65 @@ class Swept:
         return checkpoint
 
 
+class ForkedWorker:
+    """Stands in for the ``Popen`` of a worker: a copy of this process, which has imported everything already."""
+
+    def __init__(self, command: list[str], stdin: int, stdout: int) -> None:
+        assert (command[-1], stdin, stdout) == (worker.__name__, subprocess.PIPE, subprocess.DEVNULL)
+        read, write = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(write)
+            os.dup2(read, 0)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdin = os.fdopen(0)
+            try:
+                os._exit(worker.main())
+            finally:
+                os._exit(1)
+        os.close(read)
+        self.stdin = os.fdopen(write, "wb")
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+
+
 @pytest.fixture(scope="module")
 def swept(tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """On the command line until SIGKILL, then in this process."""
+    """In a copy of this process until SIGKILL, then in this process."""
     folder = tmp_path_factory.mktemp("swept")
     out, work = folder / "results.json", folder / "results.work"
-    entries = folder / "entries.yaml"
-    misfit = {**recipe_for("stbllm", overrides={"nothing": {"dense": True}}).to_dict(), "name": "misfit"}
-    entries.write_text(json.dumps({"entries": [misfit, recipe_for("stbllm").to_dict()]}))  # JSON is YAML
-    command = [sys.executable, "-m", "subbit.cli", "sweep", str(tiny("llama-gqa")), "--entries", str(entries)]
-    command += ["-o", str(out), "--dataset", str(text_file), "--eval-seq-len", "32", "--max-windows", "3"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: any(under_way(path) for path in work.glob("stbllm-*")), first)
-    finally:
-        first.kill()
-        first.wait()
-    (log,) = work.glob("stbllm-*/subbit_log.jsonl")
-    log_at_kill, (failed_at_kill,) = settled(log.read_text), read_results(out)
+    misfit = recipe_for("stbllm", overrides={"nothing": {"dense": True}})
+    entries = [Entry(misfit, "misfit"), Entry(recipe_for("stbllm"), "stbllm", "4:8")]
     protocol = Protocol((str(text_file),), seq_len=32, max_windows=3)
-    failed, done = subbit.sweep(tiny("llama-gqa"), read_entries(entries), out, protocol, keep=True)
+    with pytest.MonkeyPatch.context() as patch:
+        names = {"PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+        patch.setattr(sweep_module, "subprocess", SimpleNamespace(Popen=ForkedWorker, **names))
+        first = os.fork()
+        if first == 0:
+            try:
+                subbit.sweep(tiny("llama-gqa"), entries, out, protocol)
+            finally:
+                os._exit(1)
+        try:
+            wait_for(lambda: any(under_way(path) for path in work.glob("stbllm-*")))
+        finally:
+            os.kill(first, signal.SIGKILL)
+            os.waitpid(first, 0)
+        (log,) = work.glob("stbllm-*/subbit_log.jsonl")
+        log_at_kill, (failed_at_kill,) = settled(log.read_text), read_results(out)
+        failed, done = subbit.sweep(tiny("llama-gqa"), entries, out, protocol, keep=True)
     return Swept(folder, log_at_kill, failed_at_kill, failed, done)
+
+
+def test_a_worker_is_a_process_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    """The command that a sweep starts for a step, which the other tests here leave out."""
+    sweep: Any = None
+    task = Task("model", str(tiny("opt")), str(tmp_path / "facts.json"))
+    assert sweep_module.run_task(sweep, task) is None
+    facts = read_facts(tmp_path / "facts.json")
+    assert facts["digest"] == model_digest(open_source(tiny("opt")))
+    assert facts["bits"]["stored"] == 32
 
 
 def test_an_entry_that_does_not_fit_the_model_is_recorded(swept: Swept) -> None:
@@ -391,23 +434,22 @@ def test_a_killed_sweep_goes_on_with_the_layer_it_was_at(swept: Swept) -> None:
 
 
 def test_a_sweep_finds_what_compress_and_evaluate_find(
-    swept: Swept, tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path: Path
+    swept: Swept, checkpoint_of: Callable[..., Path], text_file: Path
 ) -> None:
     """The same perplexity, bits and error as without a sweep and without a kill."""
-    subbit.compress(tiny("llama-gqa"), recipe_for("stbllm"), tmp_path / "out")
-    expected = subbit.evaluate(tmp_path / "out", [str(text_file)], seq_len=32, max_windows=3)[str(text_file)]
+    out = checkpoint_of("llama-gqa", "stbllm")
+    expected = subbit.evaluate(out, [str(text_file)], seq_len=32, max_windows=3)[str(text_file)]
     found = swept.done["perplexity"][text_file.name]
     assert (found["value"], found["standard_error"]) == (expected.value, expected.standard_error)
-    facts = subbit.inspect(tmp_path / "out")
+    facts = subbit.inspect(out)
     assert swept.done["bits"] == facts["bits"]
     assert swept.done["layer_errors"] == [layer["error"] for layer in facts["layers"]]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
-    """Until it is so; fails when the process ends before."""
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Until it is so."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -430,11 +472,9 @@ def settled(read: Callable[[], str]) -> str:
     return before
 
 
-def test_unpacked_linears_compute_the_same(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
+def test_unpacked_linears_compute_the_same(checkpoint_of: Callable[..., Path]) -> None:
     """Up to rounding, with the head and the embedding left packed."""
-    recipe = recipe_for("stbllm", embeddings="8bit")
-    checkpoint = subbit.compress(tiny("qwen2"), recipe, tmp_path / "out").directory
-    model, _ = load_any(checkpoint, torch.float32)
+    model, _ = load_any(checkpoint_of("qwen2", "stbllm", embeddings="8bit"), torch.float32)
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         packed = model(ids).logits
@@ -537,7 +577,7 @@ def test_the_figures(results: Path, tmp_path: Path) -> None:
     """A curve for every data set, with the published one beside it, and the ablations; equal results, equal files."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "report"
-    text = subbit.compare([results], out, published=PUBLISHED)
+    text = subbit.compare([results], out, published=PUBLISHED_FILE)
     assert (out / "comparison.md").read_text() == text
     curves = [f"perplexity-{dataset}.{kind}" for dataset in ("c4", "wikitext2") for kind in ("png", "svg")]
     assert sorted(path.name for path in out.iterdir()) == [
@@ -552,14 +592,14 @@ def test_the_figures(results: Path, tmp_path: Path) -> None:
     ablations = (out / "ablations-wikitext2.svg").read_text()
     assert "132.0  (+20 %)" in ablations
     assert (out / "perplexity-wikitext2.png").read_bytes().startswith(b"\x89PNG")
-    subbit.compare([results], tmp_path / "again", published=PUBLISHED)
+    subbit.compare([results], tmp_path / "again", published=PUBLISHED_FILE)
     assert (tmp_path / "again" / "perplexity-wikitext2.svg").read_text() == curve
 
 
-def test_checkpoints_beside_each_other(tiny: Tiny, recipe_for: RecipeFor, tmp_path: Path) -> None:
+def test_checkpoints_beside_each_other(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
     """Bits, bytes and error; a figure of the error, since nothing was evaluated; with facts the perplexity as well."""
     for sparsity in ("4:8", "6:8"):
-        subbit.compress(tiny("opt"), recipe_for("stbllm", sparsity=sparsity), tmp_path / f"at-{sparsity[0]}")
+        shutil.copytree(checkpoint_of("opt", "stbllm", sparsity=sparsity), tmp_path / f"at-{sparsity[0]}")
     sources = [tmp_path / "at-4", tmp_path / "at-6"]
     has_figures = importlib.util.find_spec("matplotlib") is not None
     text = subbit.compare(sources, tmp_path / "report", figures=has_figures)
@@ -591,7 +631,7 @@ def test_checkpoints_beside_each_other(tiny: Tiny, recipe_for: RecipeFor, tmp_pa
         (["sweep", "MODEL", "-o", "OUT", "--dataset", "wikitext3"], "unknown data set 'wikitext3'"),
         (["sweep", "MODEL", "-o", "OUT", "--entries", "no.yaml"], "cannot read the recipe no.yaml"),
         (["sweep", "MODEL", "-o", "OUT", "--effort", "all", "--methods", "codes"], "there is no effort 'all'"),
-        (["sweep", "MODEL", "-o", "OUT", "--set", "colour=red"], "colour: Extra inputs are not permitted"),
+        (["sweep", "MODEL", "-o", "OUT", "--set", "colour=red"], "colour: there is no such field"),
         (["compare", "missing.json"], "missing.json does not exist"),
         (["compare", "MODEL"], "was not compressed by subbit"),
         (["compare", "EMPTY"], "there are no results in"),
@@ -687,7 +727,7 @@ def test_method_speed_measures_and_finds_the_growth() -> None:
 
 def test_the_published_numbers_fit_together() -> None:
     """Every point has every model, and stored bits belong to a point."""
-    published = json.loads(PUBLISHED.read_text())
+    published = json.loads(PUBLISHED_FILE.read_text())
     names = {f"{point['method']} {point['label']}" for point in published["points"]}
     assert set(published["stored_bits"]) - {"source"} <= names
     assert all(set(point["perplexity"]) == set(published["dense"]) for point in published["points"])

@@ -46,6 +46,7 @@ class GramCollector:
         self._leaders: dict[str, str] = {}  # linear → the first linear with the same input
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._norms: dict[str, list[Tensor]] = {}  # of every token, not clipped
         self._pools: dict[tuple[str, str], tuple[Tensor, int]] = {}  # sums and tokens over all experts
         self._last: tuple[str, Tensor] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -69,7 +70,9 @@ class GramCollector:
         self._last = (name, inputs)
         if self._leaders[name] != name:
             return
-        tokens = clip_token_norms(inputs.detach().reshape(-1, inputs.shape[-1]).float(), self._clip_norm)
+        tokens = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        self._norms.setdefault(name, []).append(tokens.norm(dim=1))
+        tokens = clip_token_norms(tokens, self._clip_norm)
         if name not in self._sums:
             self._sums[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
             self._tokens[name] = 0
@@ -86,6 +89,19 @@ class GramCollector:
     def tokens(self, leader: str) -> int:
         """How many tokens the linear itself saw."""
         return self._tokens.get(leader, 0)
+
+    def peaks(self, leader: str) -> dict[str, float]:
+        """How far outliers stand out of what a linear saw: the largest over the median.
+
+        Returns:
+            ``token``: of token norms, before they are clipped; ``channel``: of channel energies, after that. A ratio
+            that is not finite is left out: of a linear that saw nothing, or where half the channels are always zero.
+        """
+        if not self.tokens(leader):
+            return {}
+        parts = {"token": torch.cat(self._norms[leader]), "channel": self._sums[leader].diagonal()}
+        ratios = {name: float(values.max() / values.median()) for name, values in parts.items()}
+        return {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
 
     def borrowed(self, leader: str) -> int:
         """How many tokens an expert lacks, which the Gram of all experts makes up for; 0 for any other linear."""

@@ -80,14 +80,17 @@ def is_compressed(directory: Path) -> bool:
     return bool((config.get("quantization_config") or {}).get("quant_method") == "subbit")
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
+def open_checkpoint(directory: str | Path, config: dict[str, Any] | None = None) -> Checkpoint:
     """Read the headers of a compressed checkpoint and check its structure, not yet its checksums.
+
+    Args:
+        config: what its config.json will say, of a checkpoint that lacks nothing else yet.
 
     Raises:
         CheckpointError: no, an unfinished, a damaged or a newer checkpoint.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config = read_config(directory) if config is None else config
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != "subbit":
         raise CheckpointError(

@@ -29,7 +29,7 @@ def compare(
         sources: results files of :func:`subbit.sweep`, directories of compressed checkpoints, or both.
         out: a directory for the table (comparison.md) and the figures (SVG and PNG); None: only the return value.
         figures: draw them; needs matplotlib.
-        published: a JSON file like docs/results/published.json, drawn in a second panel.
+        published: a JSON file like comparison/published.json of this package, drawn in a second panel.
 
     Returns:
         The table, Markdown.

@@ -101,9 +101,15 @@ def entry_key(recipe: Recipe | None, model: str, protocol: Protocol) -> str:
 
 
 def recipe_key(recipe: Recipe | None, model: str) -> str:
-    """Of a checkpoint: the recipe, with the contents of a calibration file, and the digest of the model."""
+    """Of a checkpoint: the recipe, with the contents of a calibration file, and the digest of the model.
+
+    A stage that is off is left out: its other fields change nothing, nor does a field that it gets later.
+    """
     values = recipe.to_dict() if recipe else None
     if values:
+        for stage in ("reconstruction", "distillation"):
+            if not values[stage]["steps"]:
+                del values[stage]
         values["calibration"] = {**values["calibration"], "source": fingerprint(values["calibration"]["source"])}
     return short_hash({"recipe": values, "model": model})
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subbit.checkpoint.reader import read_json
 from subbit.comparison.labels import Label, place_labels
+from subbit.comparison.published import read_published
 from subbit.comparison.rows import Row, Section
 from subbit.comparison.tables import change, short
 from subbit.errors import UserError
@@ -64,10 +64,10 @@ def draw(sections: Sequence[Section], out: Path, published: Path | None = None) 
     """Write all figures that the results are enough for, as SVG and PNG.
 
     Args:
-        published: the JSON of docs/results/published.json, for a second panel beside the measured points.
+        published: JSON like that of this package (published.py), for a second panel beside the measured points.
     """
     check_matplotlib()
-    literature = read_json(published) if published else None
+    literature = read_published(published) if published else None
     written = []
     for section, suffix in zip(sections, section_suffixes(sections), strict=True):
         if section.protocol is None and not section.datasets and points_of(section, None):

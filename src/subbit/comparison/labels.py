@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Label", "place_labels"]
+__all__ = ["Label", "Text", "around", "arrange", "place_labels"]
 
 DISTANCES = (9, 15, 24, 36, 50, 66, 84)  # pixels at 100 dpi from the point to the nearest edge of its label
 DIRECTIONS = tuple(angle * math.pi / 8 for angle in (0, 4, 12, 8, 2, 14, 6, 10, 1, 15, 3, 13, 5, 11, 7, 9))
@@ -31,6 +31,15 @@ class Label:
     colour: str
     bold: bool = False
     size: float = 8.5
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a label needs of a canvas: the point that it belongs to and its size, in pixels."""
+
+    anchor: tuple[float, float]
+    width: float
+    height: float
 
 
 # left, bottom, right, top in pixels; several boxes are the rows of an array (n, 4)
@@ -65,26 +74,52 @@ def place_labels(
     canvas.draw()
     scale = canvas.get_width_height()[0] / figure.get_size_inches()[0] / 100  # type: ignore[union-attr]
     solid = [around(to_pixels(axes, point), 6 * scale) for point in markers]
-    steps = [point for line in lines for point in along([to_pixels(axes, at) for at in line], 8 * scale)]
-    thin = boxes([around(point, 2 * scale) for point in steps])
-    frame = boxes([box_of(axes.get_window_extent())])
     legend = axes.get_legend()
     if legend is not None:
         solid.append(box_of(legend.get_window_extent()))
-    for label in sorted(labels, key=lambda label: not label.bold):
-        width, height = text_size(axes, label)
-        anchor, taken = to_pixels(axes, (label.x, label.y)), boxes(solid)
+    ordered = sorted(labels, key=lambda label: not label.bold)
+    texts = [Text(to_pixels(axes, (label.x, label.y)), *text_size(axes, label)) for label in ordered]
+    pixels = [[to_pixels(axes, at) for at in line] for line in lines]
+    places = arrange(texts, solid, pixels, box_of(axes.get_window_extent()), scale)
+    for label, (box, far) in zip(ordered, places, strict=True):
+        write(axes, label, box, far)
+
+
+def arrange(
+    texts: Sequence[Text],
+    solid: Sequence[Box],
+    lines: Sequence[Sequence[tuple[float, float]]],
+    frame: Box,
+    scale: float,
+) -> list[tuple[Box, bool]]:
+    """A place for every text where it covers least; the first ones choose first. All in pixels, on any canvas.
+
+    Args:
+        solid: what must stay visible.
+        lines: polylines that should, if there is room.
+        frame: what the texts should not leave.
+        scale: of the distances, 1 at 100 dpi.
+
+    Returns:
+        For every text its box, and whether that is so far off that a thin line should say which point is meant.
+    """
+    steps = [point for line in lines for point in along(line, 8 * scale)]
+    thin, inside = boxes([around(point, 2 * scale) for point in steps]), boxes([frame])
+    taken, places = list(solid), []
+    for text in texts:
+        others = boxes(taken)
         best, cost = None, math.inf
         for distance, angle in itertools.product(DISTANCES, DIRECTIONS):
-            box = beside(anchor, angle, distance * scale, width, height)
-            covered = area_in_common(box, taken) + 0.4 * area_in_common(box, thin)
-            outside = width * height - area_in_common(box, frame)
+            box = beside(text.anchor, angle, distance * scale, text.width, text.height)
+            covered = area_in_common(box, others) + 0.4 * area_in_common(box, thin)
+            outside = text.width * text.height - area_in_common(box, inside)
             price = covered + 3 * outside + 0.35 * distance * scale**2
             if price < cost - 1e-9:
-                best, cost = (box, distance), price
+                best, cost = (box, distance > LEADER), price
         assert best is not None
-        write(axes, label, best[0], best[1] > LEADER)
-        solid.append(best[0])
+        places.append(best)
+        taken.append(best[0])
+    return places
 
 
 def box_of(extent: Any) -> Box:

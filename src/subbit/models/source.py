@@ -38,7 +38,7 @@ __all__ = ["ModelSource", "open_source"]
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+_HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "*.jinja", "README.md")
 # Second copies of the weights that some repositories carry for other programs.
 _HUB_SKIP = ("original/*", "onnx/*", "consolidated*.safetensors")
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*.model", "tekken.json", "*.tiktoken")
