@@ -58,6 +58,7 @@ from subbit.tuning.tunable import (
     latent_signs,
     make_tunable,
     nth_largest,
+    separate,
 )
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
@@ -67,6 +68,7 @@ Recipes = Callable[..., Recipe]
 
 CPU = torch.device("cpu")
 RATES = Rates(latents=1e-2, scales=2e-3, norms=1e-3)
+FIRST_TOKEN = 0.1
 WINDOWS = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -370,7 +372,7 @@ def test_what_is_tuned() -> None:
 
 
 def test_the_schedule() -> None:
-    """Warm-up over five steps, then half a cosine that ends near a twentieth."""
+    """A warm-up over a tenth of the steps that begins with next to nothing, then half a cosine to a twentieth."""
     layer = Layer()
     optimizer = make_optimizer([layer], Rates(1.0, 0.5, 0.25))
     shares = []
@@ -380,11 +382,30 @@ def test_the_schedule() -> None:
             [optimizer.param_groups[0]["lr"]] * 3
         )
         shares.append(optimizer.param_groups[0]["lr"])
-    assert shares[0] == pytest.approx(0.2)
-    assert shares[4] == max(shares)
+    assert shares[0] == pytest.approx(1 / 121)
+    assert shares[4] == pytest.approx((5 / 11) ** 2, rel=0.01)
+    assert shares[10] == max(shares)
     assert shares[50] == pytest.approx(0.05 + 0.95 / 2)
     assert shares[99] == pytest.approx(0.05, abs=1e-3)
-    assert shares[4:] == sorted(shares[4:], reverse=True)
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    set_rate(optimizer, 0, 1)
+    assert optimizer.param_groups[0]["lr"] > 0.5
+
+
+@pytest.mark.parametrize("sparsity", ["1:4", "2:8", "4:8", "2:16"])
+def test_separated_latents_keep_their_codewords(sparsity: str) -> None:
+    """None is nearer to the edge than the margin, and none was moved further than that; ties and zeros included."""
+    nm = Sparsity.parse(sparsity)
+    latent = torch.randn(16, 48, generator=seeded(0))
+    latent[0], latent[1] = 0.5, 0.0
+    apart = separate(latent, nm, 0.02)
+    keep = keep_top(latent.abs(), nm.n, nm.m)
+    assert torch.equal(latent_signs(apart, nm), torch.where(latent < 0, -1.0, 1.0) * keep)
+    sizes = apart.abs().unflatten(1, (-1, nm.m)).sort(dim=-1, descending=True).values
+    assert float((sizes[..., nm.n - 1] - sizes[..., nm.n]).min()) > 0.0399
+    assert float((apart - latent).abs().max()) < 0.0401
+    settled = 3.0 * keep + 0.1 * torch.rand(latent.shape, generator=seeded(1))
+    assert torch.equal(separate(settled, nm, 0.02), settled)
 
 
 # --- reconstruction ---------------------------------------------------------------------------------------------------
@@ -394,12 +415,25 @@ def test_token_weights_in_closed_form() -> None:
     """Exponent 0: every token by its relative error; 2: mean square error over that of the targets; always relative."""
     targets = torch.randn(3, 7, 20, generator=seeded(0)) * (1 + 50 * (torch.arange(7) == 0)[:, None])
     norm = targets.norm(dim=-1)
-    assert torch.allclose(token_weights(targets, 0.0), 1 / (21 * norm.square()))
-    assert torch.allclose(token_weights(targets, 2.0), (1 / norm.square().sum()).expand(3, 7))
-    assert torch.allclose(token_weights(targets, 1.0), 1 / (norm * norm.sum()))
+    assert torch.allclose(token_weights(targets, 0.0, 0.0), 1 / (21 * norm.square()))
+    assert torch.allclose(token_weights(targets, 2.0, 0.0), (1 / norm.square().sum()).expand(3, 7))
+    assert torch.allclose(token_weights(targets, 1.0, 0.0), 1 / (norm * norm.sum()))
     for exponent in (0.0, 0.7, 1.5, 2.0):
-        assert float((token_weights(targets, exponent) * norm.square()).sum()) == pytest.approx(1.0, rel=1e-5)
-    assert bool(token_weights(torch.zeros(2, 3, 4), 1.5).isfinite().all())
+        for first_token in (0.0, 0.3):
+            shares = token_weights(targets, exponent, first_token) * norm.square()
+            assert float(shares.sum()) == pytest.approx(1.0, rel=1e-5)
+    assert bool(token_weights(torch.zeros(2, 3, 4), 1.5, 0.1).isfinite().all())
+
+
+def test_the_first_token_has_its_share() -> None:
+    """At least ``first_token`` of every window, more where its size says so; the others keep their proportions."""
+    targets = torch.randn(2, 9, 20, generator=seeded(0))
+    targets[1, 0] *= 1000
+    shares = token_weights(targets, 1.0, 0.4) * targets.norm(dim=-1).square()
+    assert float(shares[0, 0] / shares[0].sum()) == pytest.approx(0.4, rel=1e-5)
+    assert float(shares[1, 0] / shares[1].sum()) > 0.9
+    free = token_weights(targets, 1.0, 0.0) * targets.norm(dim=-1).square()
+    assert torch.allclose(shares[0, 1:] / shares[0, 1], free[0, 1:] / free[0, 1])
 
 
 def job_of(directory: Path) -> Job:
@@ -437,14 +471,21 @@ def started(tiny: Tiny) -> tuple[Job, Tensor, Tensor, LayerCall]:
 def relative_error(layer: nn.Module, call: LayerCall, inputs: Tensor, targets: Tensor, exponent: float = 1.5) -> float:
     with torch.no_grad():
         lost = (run_layer(layer, call, inputs) - targets).square().sum(dim=-1)
-    return float((lost * token_weights(targets, exponent)).sum())
+    return float((lost * token_weights(targets, exponent, FIRST_TOKEN)).sum())
 
 
 def reconstructed(
     started: tuple[Job, Tensor, Tensor, LayerCall], layer: nn.Module, **changes: Any
 ) -> tuple[float, float]:
     _, inputs, targets, call = started
-    settings: dict[str, Any] = {"steps": 30, "batch": 2, "rates": RATES, "token_exponent": 1.5, "seed": 3}
+    settings: dict[str, Any] = {
+        "steps": 30,
+        "batch": 2,
+        "rates": RATES,
+        "token_exponent": 1.5,
+        "first_token": FIRST_TOKEN,
+    }
+    settings["seed"] = 3
     return reconstruct(layer, call, inputs, targets, **{**settings, **changes}, device=CPU)
 
 
@@ -467,7 +508,7 @@ def test_reconstruction_lowers_the_error_of_the_layer(
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 8, 10])
+@pytest.mark.parametrize("batch", [1, 3, 8])
 def test_the_reported_error_is_that_of_the_windows(started: tuple[Job, Tensor, Tensor, LayerCall], batch: int) -> None:
     """Where nothing moves, the mean over steps is the relative error of all windows, however many a batch has."""
     job, inputs, targets, call = started
@@ -561,7 +602,7 @@ def test_the_order_of_windows() -> None:
 
 
 def student_of(job: Job, calls: list[LayerCall], source: ModelSource, checkpoint: bool = False) -> Student:
-    layers = [compressed_layer(job, index, "codes", "2:8") for index in range(job.layout.num_layers)]
+    layers = [compressed_layer(job, index, "codes", "2:8", sweeps=0) for index in range(job.layout.num_layers)]
     return Student(
         layers, calls, lambda hidden: run_head(job.model, job.layout, source, hidden, gradient=True), checkpoint
     )
@@ -696,8 +737,15 @@ def manifest(directory: Path) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("stage", ["reconstruction", "distillation"])
-@pytest.mark.parametrize(("family", "method"), [("llama-gqa", "codes"), ("qwen2", "codes"), ("opt", "stbllm")])
+@pytest.mark.parametrize(
+    ("family", "method", "stage"),
+    [
+        ("qwen2", "codes", "reconstruction"),
+        ("llama-gqa", "codes", "distillation"),
+        ("opt", "stbllm", "reconstruction"),
+        ("opt", "stbllm", "distillation"),
+    ],
+)
 def test_norms_are_tuned_and_stored(
     family: str, method: str, stage: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path
 ) -> None:
@@ -721,6 +769,10 @@ def test_norms_are_tuned_and_stored(
     else:
         assert {"before", "after"} == set(facts["distillation"])
     assert [set(layer["linears"]) for layer in facts["layers"]]
+    linears = [linear for layer in facts["layers"] for linear in layer["linears"].values()]
+    assert all(("error" in linear) == (stage == "reconstruction") for linear in linears)  # no error of other weights
+    described = subbit.inspect(out)["layers"][0]
+    assert (described["error"] is None) == (stage == "distillation")
 
 
 def test_the_next_layer_sees_what_is_in_the_file(recipe_for: Recipes, tmp_path: Path) -> None:
@@ -782,6 +834,29 @@ def test_distillation_starts_from_the_compressed_model(source: Path, recipe_for:
     assert manifest(tmp_path / "with")["distillation"]["before"] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_distillation_goes_on_with_the_latents_of_reconstruction(
+    source: Path, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    """Rounded they are the codewords of the file; they are not what the codewords alone would make of the weights."""
+    recipe = recipe_for("codes", calibration=SMALL, **TUNING)
+    with pytest.raises(KeyboardInterrupt):
+        subbit.compress(source, recipe, tmp_path, progress=Lines(interrupt_at("layer 3/3")))
+    weights = stored_tensors(source)
+    for index in range(3):
+        shard = load_file(tmp_path / f"model-layer-{index:05d}.safetensors")
+        facts = json.loads((tmp_path / ".subbit" / "state.json").read_text())["layers"][index]["linears"]
+        kept = load_file(tmp_path / ".subbit" / f"latents-{index:05d}.safetensors")
+        assert set(kept) == set(facts)
+        for name, latent in kept.items():
+            spec = read_spec(facts[name]["spec"])
+            linear = spec.unpack({key: shard[f"{name}.{key}"] for key in spec.tensors()})
+            assert isinstance(linear, CodesLinear)
+            rounded = latent_signs(separate(latent.float(), linear.sparsity), linear.sparsity)
+            assert float((rounded == linear.signs).float().mean()) > 0.99  # float16 makes ties
+            fresh = TunableCodes(linear, weights[f"{name}.weight"].float(), None).latent
+            assert float((latent.float() - fresh).abs().mean()) > 1e-4
+
+
 def saved_windows(source: Path, recipe: Recipe, out: Path) -> Tensor:
     """The calibration windows of a run, from the working files that it leaves when it is stopped."""
     with pytest.raises(KeyboardInterrupt):
@@ -791,7 +866,6 @@ def saved_windows(source: Path, recipe: Recipe, out: Path) -> Tensor:
 
 GROUPED_RUNS = [
     ("stbllm", "4:8", {}),
-    ("pbs2p", "4:8", {}),
     ("arb", "4:8", {"variant": "rc", "iterations": 2}),
     ("arb", "none", {"variant": "x", "iterations": 2, "output_iterations": 2}),
 ]
@@ -906,9 +980,16 @@ def test_fewer_windows_than_a_batch_and_than_are_held_out(
         reconstruction={"steps": 3, "batch": 5},
         distillation={"steps": 3, "batch": 5, "held_out": 7},
     )
-    subbit.compress(source, recipe, tmp_path / "out")
+    progress = Lines()
+    subbit.compress(source, recipe, tmp_path / "out", progress=progress)
     facts = manifest(tmp_path / "out")["distillation"]
-    assert (facts["before"] > 0) == (samples > 1)
+    said = [line for line in progress.lines if line.startswith("distillation: ")]
+    if samples > 1:
+        assert facts["before"] > 0
+        assert "divergence on held-out windows " in said[0]
+    else:
+        assert facts == {"before": None, "after": None}
+        assert said == ["distillation: no window was held out, so the result is not measured"]
 
 
 def test_the_space_that_tuning_needs_is_counted(
@@ -990,7 +1071,6 @@ MOMENTS: list[tuple[str, int, list[int], str]] = [
     (".subbit/distillation.safetensors", 0, [1, 1, 2, 3, 4], "resuming: 3 of 3 layers are done"),
     (".subbit/distillation.safetensors", 1, [1, 2, 2, 3, 4], "resuming: 1 of 4 steps of distillation are done"),
     (".subbit/distillation.safetensors", 3, [1, 2, 3, 4, 4], "resuming: 3 of 4 steps of distillation are done"),
-    (".subbit/model-layer-00000.safetensors", 0, [1, 2, 3, 4], "resuming: 4 of 4 steps of distillation are done"),
     (".subbit/model-layer-00002.safetensors", 0, [1, 2, 3, 4], "resuming: 4 of 4 steps of distillation are done"),
     (".subbit/state.json", 4, [1, 2, 3, 4], "resuming: 4 of 4 steps of distillation are done"),
     ("model-layer-00000.safetensors", 1, [1, 2, 3, 4], "resuming: 3 of 3 layers are done"),
@@ -1029,7 +1109,7 @@ def test_killed_before_a_file_is_in_its_place(
     assert distilling_again == ("distillation" in said)
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [3])
 def test_killed_in_distillation_before_a_state_was_saved(
     step: int, source: Path, tuned_recipe: Recipe, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -1052,7 +1132,7 @@ def test_killed_in_distillation_before_a_state_was_saved(
     assert steps_done(tmp_path / "out") == [*range(1, step + 1), 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [3])
 def test_killed_while_a_layer_is_reconstructed(
     step: int, source: Path, tuned_recipe: Recipe, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subbit.checkpoint.writer import CheckpointWriter
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.layerwise import check_scales, install, pack_exactly
+from subbit.layerwise import check_scales, install, load_latents, pack_exactly
 from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
 from subbit.packing.layout import read_spec
@@ -76,8 +76,12 @@ def distill_model(
                 after_step=keeper,
             )
         after = measure(job, student, *held_out)
-        job.progress.line(f"distillation: divergence on held-out windows {before:.3f} → {after:.3f} nats a token")
-        write_layers(job, writer, layers, {"before": before, "after": after})
+        facts: dict[str, float | None] = {"before": before, "after": after}
+        said = f"divergence on held-out windows {before:.3f} → {after:.3f} nats a token"
+        if train == len(windows):
+            facts, said = dict.fromkeys(facts), "no window was held out, so the result is not measured"
+        job.progress.line(f"distillation: {said}")
+        write_layers(job, writer, layers, facts)
 
 
 def measure(job: Job, student: Student, embedded: Tensor, teacher: Tensor) -> float:
@@ -97,13 +101,14 @@ def load_layer(job: Job, writer: CheckpointWriter, index: int) -> nn.Module:
     for name, parameter in layer.named_parameters():
         if f"{prefix}.{name}" in shard:
             parameter.data.copy_(shard[f"{prefix}.{name}"])
-    tunables: dict[str, nn.Module] = {}
+    tunables: dict[str, Tunable] = {}
     for name, entry in facts["linears"].items():
         spec = read_spec(entry["spec"])
         linear = layer.get_submodule(name.removeprefix(prefix + "."))
         packed = {key: shard[f"{name}.{key}"].to(job.device) for key in spec.tensors()}
         assert isinstance(linear, nn.Linear)
         tunables[name] = make_tunable(spec.unpack(packed), linear.weight.detach(), linear.bias)
+    load_latents(job, writer, index, tunables)
     install(layer, prefix, tunables)
     return layer
 
@@ -156,7 +161,10 @@ def restore_layers(layers: list[nn.Module], saved: dict[str, Tensor]) -> None:
 
 
 def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], facts: dict[str, Any]) -> None:
-    """Pack all layers again, and put the new shards into the places of the old ones."""
+    """Pack all layers again, and put the new shards into the places of the old ones.
+
+    The output errors of the linears were those of other weights, on Grams that are gone: they are dropped.
+    """
     described = []
     for index, (layer, old) in enumerate(zip(layers, writer.state["layers"], strict=True)):
         prefix = job.layout.layer_name(index)
@@ -168,5 +176,6 @@ def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], fa
             linear = tunable.linear()
             check_scales(name, linear)
             tensors.update(pack_exactly(name, linear, linear.dense())[1])
-        described.append({**old, **writer.stage_layer(index, tensors)})
+        linears = {name: {k: v for k, v in entry.items() if k != "error"} for name, entry in old["linears"].items()}
+        described.append({**old, "linears": linears, **writer.stage_layer(index, tensors)})
     writer.commit_staged(described, distillation=facts)

@@ -20,6 +20,9 @@ from subbit.recipe import Recipe
 __all__ = ["DenseLayer", "Job"]
 
 
+TOKENS = 2048  # that run through a layer at a time: enough for every core, little memory
+
+
 @dataclass(frozen=True)
 class DenseLayer:
     """A decoder layer of the dense model, in memory, after it ran."""
@@ -71,11 +74,13 @@ class Job:
         return GramCollector(linears, calibration.clip_norm, calibration.min_expert_tokens)
 
     def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, a sample at a time."""
-        output = torch.empty_like(hidden)
-        for number, sample in enumerate(hidden):
-            output[number] = run_layer(self.layer(index), call, sample[None].to(self.device))[0].cpu()
-        return output
+        """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, some samples at a time.
+
+        One at a time where token norms are clipped: that is done window by window.
+        """
+        batch = 1 if self.recipe.calibration.clip_norm else max(1, TOKENS // hidden.shape[1])
+        output = [run_layer(self.layer(index), call, part.to(self.device)).cpu() for part in hidden.split(batch)]
+        return torch.cat(output)
 
     def dense_pass(
         self, stage: str, hidden: Tensor, calls: list[LayerCall], names: Container[str] | None = None

@@ -23,9 +23,9 @@ from subbit.models.streaming import LayerCall
 from subbit.packing.layout import LinearSpec, pack
 from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.reconstruct import reconstruct
-from subbit.tuning.tunable import make_tunable
+from subbit.tuning.tunable import Tunable, TunableCodes, make_tunable, separate
 
-__all__ = ["check_scales", "compress_layer", "install", "pack_exactly", "relative_output_error"]
+__all__ = ["check_scales", "compress_layer", "install", "load_latents", "pack_exactly", "relative_output_error"]
 
 
 def compress_layer(
@@ -60,7 +60,7 @@ def compress_layer(
     facts: dict[str, Any] = {}
     others = job.read_others(f"{job.layout.layer_name(index)}.", {f"{name}.weight" for name in results})
     if job.recipe.reconstruction.steps and results:
-        results, norms, facts["reconstruction"] = reconstruct_layer(job, index, hidden, call, results, weights)
+        results, norms, facts["reconstruction"] = reconstruct_layer(job, writer, index, hidden, call, results, weights)
         others.update(norms)
     packed: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -76,6 +76,7 @@ def compress_layer(
                 "error": relative_output_error(weights[name], dense, gram),
                 "sparsity": planned[name],
                 "damping": dampings[name],
+                "outliers": grams.peaks(leader),
             }
             writer.log("linear", name=name, **counts, seconds=seconds[name], **described[name])
             linears[name].weight.copy_(dense)
@@ -124,6 +125,7 @@ def check_scales(name: str, linear: CompressedLinear) -> None:
 
 def reconstruct_layer(
     job: Job,
+    writer: CheckpointWriter,
     index: int,
     hidden: dict[str, Tensor],
     call: LayerCall,
@@ -131,6 +133,8 @@ def reconstruct_layer(
     weights: dict[str, Tensor],
 ) -> tuple[dict[str, CompressedLinear], dict[str, Tensor], dict[str, float]]:
     """Tune a layer against the teacher; it then holds tuned norms, rounded as they are stored.
+
+    Latents that distillation will tune further are kept in the run's working folder.
 
     Returns:
         The tuned linears, the tuned norms by full name in the dtype of the checkpoint, and the error before and after.
@@ -153,6 +157,7 @@ def reconstruct_layer(
         batch=settings.batch,
         rates=rates,
         token_exponent=settings.token_exponent,
+        first_token=settings.first_token,
         seed=index,
         device=job.device,
     )
@@ -162,10 +167,27 @@ def reconstruct_layer(
     for name, norm in tuned_norms(layer).items():
         norm.data.copy_(norms[f"{prefix}.{name}"])
     install(layer, prefix, plain)
+    if job.recipe.distills_latents:
+        save_latents(writer, index, tunables)
     tuned = {name: tunable.linear() for name, tunable in tunables.items()}
     for name, linear in tuned.items():
         check_scales(name, linear)
     return tuned, norms, {"before": before, "after": after}
+
+
+def save_latents(writer: CheckpointWriter, index: int, tunables: Mapping[str, Tunable]) -> None:
+    """Keep the latents of a layer for :func:`load_latents`, in float16: half the disk, and only where a run begins."""
+    latents = {name: latent for name, tunable in tunables.items() for latent in tunable.latent_parameters()}
+    writer.save_work(f"latents-{index:05d}", {name: latent.detach().cpu().half() for name, latent in latents.items()})
+
+
+def load_latents(job: Job, writer: CheckpointWriter, index: int, tunables: Mapping[str, Tunable]) -> None:
+    """Give the tunables of a layer the latents that its reconstruction ended with, where it kept some."""
+    kept = writer.load_work(f"latents-{index:05d}") or {}
+    for name, values in kept.items():
+        tunable = tunables[name]
+        assert isinstance(tunable, TunableCodes)
+        tunable.latent.data.copy_(separate(values.to(job.device, torch.float32), tunable.sparsity))
 
 
 def install(layer: nn.Module, prefix: str, modules: Mapping[str, nn.Module]) -> None:

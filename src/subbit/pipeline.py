@@ -16,7 +16,7 @@ from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.distillation import distill_model
-from subbit.embeddings import pack_rest, plan_embeddings, quantized_source
+from subbit.embeddings import pack_matrices, pack_rest, plan_embeddings, quantized_source
 from subbit.errors import UserError
 from subbit.job import Job
 from subbit.layerwise import compress_layer
@@ -26,6 +26,7 @@ from subbit.models.streaming import LayerCall, capture_inputs, release
 from subbit.planning import make_plan, plan_sparsity
 from subbit.progress import Progress, SilentProgress
 from subbit.recipe import Recipe
+from subbit.reporting.card import CARD_FILE, new_card, source_facts
 
 __all__ = ["compress"]
 
@@ -73,6 +74,7 @@ def compress(
         read_rest(job)  # NaN in there must stop the run now, not after the last layer
         if writer.state:
             windows, hidden = writer.restore()
+            packed = pack_matrices(job, embeddings)
             # at least two windows, for calls that differ between them to be noticed
             calls = capture_inputs(skeleton, job.layout, source, windows[:2], device=job.device)[1]
             progress.line(f"resuming: {writer.layers_done} of {job.layout.num_layers} layers are done")
@@ -81,9 +83,11 @@ def compress(
             check_context(skeleton, recipe.calibration.seq_len)
             windows, origin = collect_windows(job, tokenizer)
             check_space(Path(out), estimate_bytes(job, windows))
+            packed = pack_matrices(job, embeddings)
+            quantized = quantized_source(job, embeddings, packed)
             with progress.stage("embedding") as report:
                 student, calls = capture_inputs(
-                    skeleton, job.layout, quantized_source(job, embeddings), windows, device=job.device, progress=report
+                    skeleton, job.layout, quantized, windows, device=job.device, progress=report
                 )
             hidden = {"student": student}
             if job.needs_teacher:
@@ -94,8 +98,9 @@ def compress(
             writer.log("start", model=str(model), calibration=origin, device=str(job.device))
         compress_layers(job, writer, hidden, calls)
         if recipe.distillation.steps and "distillation" not in writer.state:
-            distill_model(job, quantized_source(job, embeddings), writer, windows, hidden["teacher"], calls)
-    rest = pack_rest(job, embeddings, read_rest(job))
+            quantized = quantized_source(job, embeddings, packed)
+            distill_model(job, quantized, writer, windows, hidden["teacher"], calls)
+    rest = pack_rest(job, embeddings, packed, read_rest(job))
     writer.finish(rest, lambda directory: save_extras(job, writer, tokenizer, directory))
     writer.log("finished")
     return open_checkpoint(out)
@@ -156,8 +161,9 @@ def estimate_bytes(job: Job, windows: Tensor) -> int:
     if distillation.steps:
         layers = range(job.layout.num_layers)
         weights = sum(linear.weight.numel() for index in layers for linear in job.linears(index).values())
-        latents = job.recipe.method == "codes" and distillation.latent_rate > 0
-        needed += weights // 2 + (24 * weights if latents else 0)
+        needed += weights // 2
+        if job.recipe.distills_latents:
+            needed += 24 * weights + (2 * weights if job.recipe.reconstruction.steps else 0)
     return needed
 
 
@@ -211,7 +217,7 @@ def read_rest(job: Job) -> dict[str, Tensor]:
 
 
 def save_extras(job: Job, writer: CheckpointWriter, tokenizer: Any, directory: Path) -> None:
-    """Tokenizer, generation config, custom code and, last, config.json, which makes the checkpoint loadable."""
+    """Tokenizer, generation config, custom code, card and, last, config.json, which makes the checkpoint loadable."""
     try:
         tokenizer.save_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare Exceptions, also for a full disk
@@ -225,7 +231,10 @@ def save_extras(job: Job, writer: CheckpointWriter, tokenizer: Any, directory: P
     config.architectures = [type(job.model).__name__]
     config.quantization_config = quantization_config(job, writer)
     # Not save_pretrained, which refuses configs with generation settings and can leave half a file.
-    write_text(directory / "config.json", config.to_json_string())
+    text = config.to_json_string()
+    complete = open_checkpoint(directory, json.loads(text))
+    write_text(directory / CARD_FILE, new_card(complete, source_facts(job.source.directory)))
+    write_text(directory / "config.json", text)
 
 
 def quantization_config(job: Job, writer: CheckpointWriter) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from subbit.methods import METHODS
 __all__ = ["Allocation", "Calibration", "Override", "Recipe"]
 
 
+# What pydantic says in words of Python.
+PLAIN = {
+    "extra_forbidden": "there is no such field",
+    **dict.fromkeys(("model_type", "dict_type", "dataclass_type"), "must be a mapping of fields"),
+}
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -31,9 +36,9 @@ class Calibration(Section):
     """The text whose activations say which weights matter."""
 
     source: str = "self"  # wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples
-    samples: int = Field(default=32, ge=1)  # windows
+    samples: int = Field(default=32, ge=1, le=1_000_000)  # windows
     seq_len: int = Field(default=512, ge=2)  # tokens of a window
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     clip_norm: float = Field(
         default=2.0, ge=0
     )  # tokens longer than this multiple of the median count as that long; 0: off
@@ -60,8 +65,9 @@ class Reconstruction(Section):
     scale_rate: float = Field(default=2e-3, ge=0)
     norm_rate: float = Field(default=1e-3, ge=0)
     token_exponent: float = Field(
-        default=1.5, ge=0, le=2
+        default=1.0, ge=0, le=2
     )  # what a token's error counts, (its size / the median)^this: 0 all tokens alike, 2 mean square
+    first_token: float = Field(default=0.1, ge=0, lt=1)  # share of a window that its first token has at least
 
 
 class Distillation(Section):
@@ -115,8 +121,13 @@ class Recipe(Section):
         method = METHODS.get(str(values.get("method", "pbs2p")))
         if method is None:
             return values
-        values = {"sparsity": method.default_sparsity, **values}
         allocation = values.get("allocation", {})
+        if values.get("method") == "codes" and None not in (values.get("bits"), values.get("sparsity")):
+            # a saved recipe spells all out: the budget's kind of allocation, and the sparsity that nobody gave
+            saved = isinstance(allocation, dict) and allocation.get("kind") == "budget"
+            if not saved or values["sparsity"] != method.default_sparsity:
+                raise ValueError("bits and a sparsity exclude each other; give one of them")
+        values = {"sparsity": method.default_sparsity, **values}
         if isinstance(allocation, dict):
             kind = method.allocation if values.get("bits") is None else "budget"
             values["allocation"] = {"kind": kind, **allocation}
@@ -153,7 +164,10 @@ class Recipe(Section):
             if unknown:
                 known = ", ".join(field.name for field in dataclasses.fields(kind))
                 raise ValueError(f"method {self.method} has no option {unknown[0]!r}; it has {known}")
-        object.__setattr__(self, "options", TypeAdapter(kind).validate_python(given))
+        try:
+            object.__setattr__(self, "options", TypeAdapter(kind).validate_python(given))
+        except ValidationError as error:
+            raise ValueError(first_problem(error, "options")) from None
         self.options.check(Sparsity.parse(self.sparsity))
         if (self.bits is None) != (self.allocation.kind != "budget"):
             raise ValueError("bits and allocation.kind: budget go together")
@@ -171,6 +185,11 @@ class Recipe(Section):
             if override.sparsity is not None:
                 self.options.check(Sparsity.parse(override.sparsity))
         return self
+
+    @property
+    def distills_latents(self) -> bool:
+        """Whether distillation moves signs and positions, not scales and norms alone."""
+        return self.method == "codes" and self.distillation.steps > 0 and self.distillation.latent_rate > 0
 
     def sparsity_of(self, name: str) -> Sparsity | Literal["dense"] | None:
         """What an override says about a linear, or None."""
@@ -198,15 +217,20 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-            message = problem["msg"].removeprefix("Value error, ")
-            raise UserError(f"recipe: {where}: {message}") from None
+            raise UserError(f"recipe: {first_problem(error)}") from None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file; UserError when it cannot be read."""
         return cls.create(read_yaml(path))
+
+
+def first_problem(error: ValidationError, *section: str) -> str:
+    """The first thing that pydantic found, in one line: which field, after its ``section``, and what is wrong."""
+    problem = error.errors()[0]
+    where = ".".join([*section, *map(str, problem["loc"])])
+    message = PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    return f"{where}: {message}" if where else message
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -224,7 +248,10 @@ RecipeLoader.yaml_implicit_resolvers = {
 
 def parse_yaml(text: str) -> Any:
     """What a recipe file or a ``--set`` value says; raises yaml.YAMLError."""
-    return yaml.load(text, RecipeLoader)
+    try:
+        return yaml.load(text, RecipeLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

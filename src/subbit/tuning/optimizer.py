@@ -13,7 +13,7 @@ from subbit.tuning.tunable import Tunable
 
 __all__ = ["Rates", "make_optimizer", "set_rate", "tuned_norms"]
 
-WARM_UP = 5  # steps
+WARM_UP = 0.1  # of all steps
 LAST = 0.05  # of the rate that is left at the end
 
 
@@ -54,7 +54,12 @@ def make_optimizer(modules: Iterable[nn.Module], rates: Rates) -> torch.optim.Ad
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """A short warm-up, then half a cosine down to a twentieth."""
+    """A quadratic warm-up, then half a cosine down to a twentieth.
+
+    The first steps of Adam have the size of the rate in every parameter, whatever its gradient, and would flip all
+    signs and positions that are near the edge: until its moments are worth something, the rate is next to nothing.
+    """
     share = (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)) + LAST
+    warm = min(1.0, (step + 1) / (1 + WARM_UP * steps)) ** 2
     for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * share * min(1.0, (step + 1) / WARM_UP)
+        group["lr"] = group["rate"] * share * warm

@@ -18,14 +18,17 @@ from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
 __all__ = ["reconstruct", "token_weights"]
 
 
-def token_weights(targets: Tensor, exponent: float) -> Tensor:
-    """(...): weights of tokens with ``targets`` (..., hidden), so that Σ weight · ‖error‖² is a relative error.
+def token_weights(targets: Tensor, exponent: float, first_token: float) -> Tensor:
+    """(samples, seq_len): weights of tokens with ``targets`` (samples, seq_len, hidden) that make errors relative.
 
-    (‖t‖ / median)^exponent / ‖t‖², divided by the sum of the first factor: with exponent 0 every token counts by its
-    relative error, with exponent 2 it is the mean square error relative to that of the targets.
+    importance / ‖t‖², for Σ weight · ‖error‖², with importances (‖t‖ / median)^exponent of sum 1: with exponent 0 every
+    token counts by its relative error, with exponent 2 it is the mean square error relative to that of the targets.
+    The first token of a window gets at least the share ``first_token`` of the window.
     """
     norm = targets.norm(dim=-1).clamp_min(1e-6)
     importance = (norm / norm.median()) ** exponent
+    least = importance[:, 1:].sum(dim=1) * first_token / (1 - first_token)
+    importance[:, 0] = importance[:, 0].maximum(least)
     return importance / importance.sum() / norm.square()
 
 
@@ -39,6 +42,7 @@ def reconstruct(
     batch: int,
     rates: Rates,
     token_exponent: float,
+    first_token: float,
     seed: int,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
@@ -56,7 +60,7 @@ def reconstruct(
     """
     optimizer = make_optimizer([layer], rates)
     generator = torch.Generator().manual_seed(seed)
-    weights = token_weights(targets, token_exponent) * len(targets) / batch
+    weights = token_weights(targets, token_exponent, first_token) * len(targets) / batch
     errors = []
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():

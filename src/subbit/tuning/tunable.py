@@ -23,10 +23,11 @@ from subbit.linears import (
     scale_slots,
 )
 
-__all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable"]
+__all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable", "separate"]
 
 BOUNDARY = 0.5  # between pruned and kept latents at the start, in units of the scales
-MARGIN = 0.1  # of a chosen codeword: one noisy step of the optimizer must not flip what descent has found
+MARGIN = 0.005  # between the two; a wide one keeps signs and positions from moving (docs/log.md)
+SETTLED = 0.01  # from the edge, at least, are latents that a tuning begins with which another has ended with
 LARGEST_LATENT = 2.0  # at the start: outliers must stay within reach of the optimizer
 
 
@@ -115,6 +116,20 @@ def start_latent(linear: CodesLinear, weight: Tensor) -> Tensor:
     relative = weight / torch.where(scale.abs() < 1e-12, 1.0, scale)
     kept = linear.signs * (relative * linear.signs).clamp(BOUNDARY + MARGIN, LARGEST_LATENT)
     return torch.where(linear.signs != 0, kept, relative.clamp(MARGIN - BOUNDARY, BOUNDARY - MARGIN))
+
+
+def separate(latent: Tensor, sparsity: Sparsity, margin: float = SETTLED) -> Tensor:
+    """(out, in) float32: the same codewords, kept and pruned latents of a group at least ``margin`` from their middle.
+
+    Training leaves many latents right at the edge, where they went to and fro; there any step flips them.
+    """
+    grouped = latent.unflatten(1, (-1, sparsity.m))
+    size = grouped.abs()
+    keep = keep_top(size.flatten(1), sparsity.n, sparsity.m).view_as(size)
+    middle = 0.5 * (size.where(keep, torch.inf).amin(-1, True) + size.where(~keep, -torch.inf).amax(-1, True))
+    middle = middle.clamp_min(margin)  # below it there is room for pruned latents
+    apart = torch.where(keep, size.maximum(middle + margin), size.minimum(middle - margin))
+    return torch.where(grouped < 0, -apart, apart).flatten(1)
 
 
 def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:
