@@ -19,8 +19,17 @@ import pytest
 import torch
 from families import save_tiny
 
+import subbit
 from subbit import Recipe
 
+# Little of every search, for tests of what becomes of its result; tests of a method give their own options.
+SEARCH = {"candidates": 8, "salient_columns": 8}
+QUICK: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("stbllm", "billm", "stbllm-as-released"), SEARCH),
+    "pbs2p": {**SEARCH, "steps": 1},
+    "arb": {**SEARCH, "iterations": 3, "output_iterations": 3},
+    "codes": {"sweeps": 1},
+}
 TEXT = "the river runs past an old mill and into sea she counted boats harbour rain streets bright model small"
 
 
@@ -68,10 +77,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def recipe_for(text_file: Path) -> Callable[..., Recipe]:
-    """``recipe_for(method, **fields)``: a recipe that calibrates on four windows of 32 tokens of ``text_file``."""
+    """``recipe_for(method, **fields)``: a recipe that calibrates on four windows of 32 tokens of ``text_file``.
+
+    With the ``options`` of ``QUICK`` where ``fields`` says nothing else.
+    """
 
     def build(method: str = "pbs2p", **fields: Any) -> Recipe:
         calibration = {"source": str(text_file), "samples": 4, "seq_len": 32, **fields.pop("calibration", {})}
-        return Recipe.create({"method": method, "calibration": calibration, **fields})
+        options = {**QUICK.get(method, {}), **fields.pop("options", {})}
+        return Recipe.create({"method": method, "calibration": calibration, "options": options, **fields})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(
+    tiny: Callable[[str], Path], recipe_for: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``checkpoint_of(family, method, **fields)``: what ``recipe_for(method, **fields)`` makes of a tiny model.
+
+    Compressed once a session. Tests must not change it; ``shutil.copytree`` gives one to break.
+    """
+    done: dict[tuple[str, str], Path] = {}
+
+    def compress(family: str, method: str = "pbs2p", **fields: Any) -> Path:
+        recipe = recipe_for(method, **fields)
+        key = family, recipe.to_yaml()
+        if key not in done:
+            out = tmp_path_factory.mktemp("checkpoint") / family
+            subbit.compress(tiny(family), recipe, out)
+            done[key] = out
+        return done[key]
+
+    return compress

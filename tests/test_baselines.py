@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from reference_baselines import (
     published_rc,
     released_linear,
 )
-from test_methods import AWKWARD, BLOCK, COLUMNS, ROWS, awkward, condition, output_error, problem
+from test_methods import AWKWARD, BLOCK, COLUMNS, REFERENCE_ROWS, ROWS, awkward, condition, output_error, problem
 from test_pipeline import dense_equivalent, dense_weights
 from torch import Tensor
 
@@ -189,7 +190,7 @@ CASES: dict[str, tuple[Sparsity, Options]] = {
 def test_equals_the_reference(case: str) -> None:
     """Masks, regions, signs, scales of every block; `follow` compares."""
     sparsity, options = CASES[case]
-    weight, gram = problem(300 + list(CASES).index(case))
+    weight, gram = problem(300 + list(CASES).index(case), REFERENCE_ROWS)
     linear = compress(weight, gram, sparsity, options)
     expected = reference_of(weight, gram, sparsity, options, linear)
     assert linear.scales.shape == expected.scales.shape
@@ -318,10 +319,11 @@ def test_a_shared_column_scale_loses_little_to_the_published_form(split: bool) -
 def test_each_method_improves_on_billm() -> None:
     """In the mean output error; and the choices that the papers claim to help do."""
 
+    @cache
     def mean(options: Options) -> float:
         relative = []
-        for seed in range(5):
-            weight, gram = problem(seed, rows=96)
+        for seed in range(4):
+            weight, gram = problem(seed, rows=64)
             linear = compress(weight, gram, NONE, options)
             relative.append(output_error(weight, gram, linear) / float(quadratic_error(weight, gram).sum()))
         return float(np.mean(relative))
@@ -400,6 +402,8 @@ def test_inputs_are_not_changed_and_two_runs_are_equal(options: Options) -> None
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_awkward_input_gives_a_finite_sensible_result(kind: str, options: Options) -> None:
     weight, gram = awkward(kind)
+    if isinstance(options, ArbOptions):  # what can go wrong does so in the first iterations
+        options = replace(options, iterations=4, output_iterations=4)
     for sparsity in (NONE, Sparsity(4, 8)):
         linear = compress(weight, gram, sparsity, options)
         dense = linear.dense()

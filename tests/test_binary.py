@@ -271,7 +271,7 @@ def test_split_search_equals_binarizing_every_candidate(seed: int, grouping: Any
 
 @pytest.mark.parametrize("grouping", ["bell", "trisection"])
 def test_split_search_picks_the_very_same_thresholds(grouping: Any) -> None:
-    for seed in range(12):
+    for seed in range(6):
         weight, mask = normal(seed, 20, 48), off_the_edge(mask_of(seed, 20, 48), 60)
         tried, errors = split_errors(weight.numpy(), mask.numpy(), grouping, 60)
         assert search_split(weight, mask, grouping, 60) == pytest.approx(tried[int(np.argmin(errors))], rel=1e-12)
@@ -315,8 +315,8 @@ def test_regions_count_the_thresholds_below() -> None:
     assert np.array_equal(assign_regions(values, (1.0, 2.0)).numpy(), region_of(values.numpy(), (1.0, 2.0)))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("limit", [1, 9, 31, 49])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("limit", [1, 9, 49])
 def test_salient_search_equals_binarizing_every_candidate(seed: int, limit: int) -> None:
     for weight, mask in cases(seed):
         ranking = rank_columns(weight, torch.linspace(0.5, 2, 32, dtype=torch.float64))
@@ -331,7 +331,7 @@ def test_salient_search_equals_binarizing_every_candidate(seed: int, limit: int)
 
 
 def test_salient_search_picks_the_very_same_count() -> None:
-    for seed in range(12):
+    for seed in range(6):
         weight, mask = normal(seed, 20, 40), mask_of(seed, 20, 40)
         weight[:, :3] *= 6
         ranking = rank_columns(weight, torch.ones(40, dtype=torch.float64))
@@ -598,11 +598,12 @@ def test_allocation_meets_the_target_within_half_a_step(m: int) -> None:
         sizes = [draw.randint(1, 10 ** draw.randint(0, 6)) for _ in range(units)]
         importance = [draw.choice([0.0, 1.0, draw.random(), draw.expovariate(0.1)]) for _ in range(units)]
         numbers = allocate(wishes(importance, n, draw.choice([0, 0.5, 1, 2, 3, m])), sizes, n, m)
-        assert all(isinstance(number, int) and 1 <= number <= m for number in numbers)
+        top = max(n, m - 1)  # N = M prunes nothing, and is no N:M
+        assert all(isinstance(number, int) and 1 <= number <= top for number in numbers)
         missing = n * sum(sizes) - sum(a * b for a, b in zip(numbers, sizes, strict=True))
         assert 2 * abs(missing) <= max(sizes)
         step = 1 if missing > 0 else -1
-        movable = [size for number, size in zip(numbers, sizes, strict=True) if 1 <= number + step <= m]
+        movable = [size for number, size in zip(numbers, sizes, strict=True) if 1 <= number + step <= top]
         assert missing == 0 or all(size >= 2 * abs(missing) for size in movable)
 
 
@@ -630,7 +631,8 @@ def test_spread_runs_from_the_least_to_the_most_important() -> None:
 
 
 def test_allocation_repairs_wishes_out_of_bounds() -> None:
-    assert allocate([-50.0, 50.0], [1, 1], 4, 8) in ([1, 7], [1, 8], [2, 6])
+    assert allocate([-50.0, 50.0], [1, 1], 4, 8) == [1, 7]
+    assert allocate([6.0, 8.0, 8.0], [1, 1, 1], 7, 8) == [7, 7, 7]
     assert sum(allocate([100.0] * 5, [3] * 5, 2, 8)) == 10
     assert sum(allocate([-100.0] * 5, [3] * 5, 2, 8)) == 10
     assert allocate([0.2], [5], 1, 4) == [1]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import VOCABULARY, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -398,6 +399,38 @@ def test_a_recipe_with_a_budget_reads_back(tmp_path: Path) -> None:
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
     assert Recipe.create({"method": "codes"}).allocation.kind == "uniform"
     assert Recipe.create({"method": "codes"}).sparsity == "2:8"
+
+
+@pytest.mark.parametrize("sparsity", ["2:8", "3:8"])
+def test_bits_and_a_sparsity_exclude_each_other(sparsity: str) -> None:
+    """Also the default one, where somebody gives it."""
+    both = {"method": "codes", "bits": 0.8, "sparsity": sparsity}
+    with pytest.raises(ValueError, match="bits and a sparsity exclude each other; give one of them"):
+        Recipe(**both)
+    with pytest.raises(UserError, match=r"^recipe: bits and a sparsity exclude each other; give one of them$"):
+        Recipe.create(both)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_bits_and_a_sparsity_replace_each_other_over_a_file(saved: bool, tmp_path: Path) -> None:
+    """Whether the file is of a person or of an earlier run, which spells everything out; by option and by ``--set``."""
+
+    def file(values: dict[str, Any]) -> Path:
+        text = Recipe.create(values).to_yaml() if saved else yaml.safe_dump(values)
+        (tmp_path / "recipe.yaml").write_text(text)
+        return tmp_path / "recipe.yaml"
+
+    budget = Recipe.create({"method": "codes", "bits": 0.9})
+    pruned = Recipe.create({"method": "codes", "sparsity": "3:8"})
+    for given, assignments in (({"bits": 0.9}, []), ({}, ["bits=0.9"])):
+        for values in ({"bits": 0.8}, {"sparsity": "4:8"}, {"allocation": {"kind": "l2", "n_low": 1.0}}):
+            assert build_recipe(file({"method": "codes", **values}), given, assignments) == budget
+    for given, assignments in (({"sparsity": "3:8"}, []), ({}, ["sparsity=3:8"])):
+        assert build_recipe(file({"method": "codes", "bits": 0.8}), given, assignments) == pruned
+    kept = build_recipe(file({"method": "codes", "allocation": {"kind": "sine"}}), {"sparsity": "3:8"}, [])
+    assert kept.allocation.kind == "sine"
+    with pytest.raises(UserError, match="bits and a sparsity exclude each other"):
+        build_recipe(file({"method": "codes", "bits": 0.8}), {"sparsity": "3:8", "bits": 0.9}, [])
 
 
 def test_efforts_are_recipes() -> None:

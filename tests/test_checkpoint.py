@@ -153,9 +153,9 @@ def test_inspect_adds_up_over_layers_and_linears(compressed: Callable[[str], Pat
 
 
 def test_only_open_formats_are_written(compressed: Callable[[str], Path]) -> None:
-    """Safetensors, JSON, JSON lines and YAML; nothing else and nothing hidden."""
+    """Safetensors, JSON, JSON lines, YAML and the card; nothing else and nothing hidden."""
     suffixes = {path.suffix for path in compressed("llama-gqa").rglob("*")}
-    assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml"}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".md"}
     assert not [path for path in compressed("llama-gqa").rglob("*") if path.name.startswith(".")]
 
 

@@ -89,14 +89,29 @@ def finished(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFacto
         (["--method", "luck"], "recipe: method: there is no method 'luck'; choose stbllm, "),
         (["--samples", "0"], "calibration.samples: Input should be greater than or equal to 1"),
         (["--seq-len", "1"], "calibration.seq_len: Input should be greater than or equal to 2"),
+        (["--samples", "1000000000000"], "calibration.samples: Input should be less than or equal to 1000000"),
+        (["--seed", "99999999999999999999"], "calibration.seed: Input should be less than 4294967296"),
+        (["--seed", "-1"], "calibration.seed: Input should be greater than or equal to 0"),
+        (["--bits", "-1"], "bits: Input should be greater than 0"),
+        (["--bits", "0"], "bits: Input should be greater than 0"),
+        (["--bits", "nan"], "bits: Input should be a finite number"),
+        (["--bits", "0.8", "--sparsity", "2:8"], "bits and a sparsity exclude each other; give one of them"),
+        (["--bits", "0.8", "--set", "sparsity=2:8"], "bits and a sparsity exclude each other; give one of them"),
+        (["--embeddings", "3bit"], "embeddings: Input should be 'keep', '8bit' or '4bit'"),
+        (["--effort", "fast", "--method", "pbs2p"], "effort is for method codes, not pbs2p"),
+        (["--effort", ""], "there is no effort ''; choose fast, "),
         (["--set", "nonsense"], "'nonsense' is not of the form field=value"),
-        (["--set", "colour=red"], "colour: Extra inputs are not permitted"),
-        (["--set", "calibration.colour=red"], "calibration.colour: Extra inputs are not permitted"),
+        (["--set", "=red"], "'=red' is not of the form field=value"),
+        (["--set", "options.=red"], "'options.=red' is not of the form field=value"),
+        (["--set", "colour=red"], "recipe: colour: there is no such field"),
+        (["--set", "calibration.colour=red"], "recipe: calibration.colour: there is no such field"),
+        (["--set", "options=3"], "recipe: options: must be a mapping of fields"),
+        (["--set", "embeddings=" + "{a: " * 2000], "is not YAML: it is nested too deeply"),
         (["--set", "method.colour=red"], "method"),
         (["--set", "options.colour=red"], "has no option 'colour'; it has block_size, "),
         (["--set", "options.block_size=100"], "block_size 100 must be a multiple of M = 8"),
         (["--set", "options.block_size=0"], "block_size 0 must be a multiple of M = 8"),
-        (["--set", "options.block_size=wide"], "block_size"),
+        (["--set", "options.block_size=wide"], "recipe: options.block_size: Input should be a valid integer"),
         (["--set", "options.block_size=["], "is not YAML"),
         (["--set", "options.damping=0"], "damping 0.0 must be positive"),
         (["--set", "options.damping=.nan"], "damping nan must be positive"),
@@ -170,9 +185,11 @@ def test_bad_calibration_files(
         ("", "must be a mapping"),
         ("- method", "must be a mapping"),
         ("method: [", "is not YAML"),
-        ("method: stbllm\ncolour: red", "colour: Extra inputs are not permitted"),
+        ("method: stbllm\ncolour: red", "colour: there is no such field"),
+        ("method: codes\nbits: 0.8\nsparsity: 2:8", "bits and a sparsity exclude each other; give one of them"),
+        ("{a: " * 2000, "is not YAML: it is nested too deeply"),
         ("1: 2", "recipe: "),
-        ("calibration: 3", "calibration: Input should be a valid dictionary"),
+        ("calibration: 3", "calibration: must be a mapping of fields"),
         ("options: 3", "recipe: "),
         ("method: stbllm\noptions: {steps: 3}", "method stbllm has no option 'steps'"),
         ("!!python/object/apply:os.system [exit]", "is not YAML"),
@@ -281,8 +298,10 @@ def test_a_text_that_is_too_short_to_evaluate_on(run: Run, finished: Path, tmp_p
 
 def test_bad_generate_options(run: Run, finished: Path) -> None:
     """Nothing to continue, nothing to write, no temperature."""
-    for options in (["--prompt", ""], ["--prompt", "x", "--max-new-tokens", 0], ["--prompt", "x", "--temperature", -1]):
-        assert_one_line(run("generate", finished, *options), "give a prompt that is not empty")
+    for options in (["--max-new-tokens", 0], ["--temperature", -1], ["--temperature", "nan"], ["--temperature", "inf"]):
+        assert_one_line(run("generate", finished, "--prompt", "x", *options), "give a prompt that is not empty")
+    assert_one_line(run("generate", finished, "--prompt", ""), "give a prompt that is not empty")
+    assert_one_line(run("generate", finished, "--prompt", "x", "--seed", 2**64), "--seed 18446744073709551616: give a")
     assert_one_line(run("generate", finished, "--prompt", "x", "--dtype", "half"), "dtype 'half'")
 
 
@@ -318,11 +337,10 @@ def test_a_mistake_is_one_line_in_a_real_process_too(finished: Path, text_file: 
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["stbllm", "pbs2p"])
-def test_compress_inspect_eval_generate(method: str, run: Run, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+def test_compress_inspect_eval_generate(run: Run, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     """What the README shows, on a tiny model."""
     out = tmp_path / "out"
-    options = ["--method", method, "--sparsity", "4:8", "--calibration", text_file, "--samples", 2, "--seq-len", 16]
+    options = ["--method", "pbs2p", "--sparsity", "4:8", "--calibration", text_file, "--samples", 2, "--seq-len", 16]
     compressed = run("compress", tiny("llama-mha"), "--out", out, *options, "--json")
     assert compressed.code == 0
     assert [line.split(":")[0] for line in compressed.err.splitlines() if line.startswith("layer ")] == [
@@ -358,6 +376,22 @@ def test_compress_inspect_eval_generate(method: str, run: Run, tiny: Tiny, text_
     assert "<s>" not in generated.out
     sampled = [run("generate", out, "--prompt", "the", "--max-new-tokens", 5, "--temperature", 1).out for _ in range(2)]
     assert sampled[0] == sampled[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"), [("rtn", "the bits of a code"), ("codes", "N/M × (1 + share of salient columns)")]
+)
+def test_the_totals_say_what_they_count(
+    method: str, rule: str, run: Run, tiny: Tiny, text_file: Path, tmp_path: Path
+) -> None:
+    """In the words of the method; what stayed dense is said once in a run, and by inspect."""
+    options = ["--method", method, "--calibration", text_file, "--samples", 2, "--seq-len", 16]
+    dense = ["--set", "overrides={'re:layers.[12]|k_proj': {dense: true}}"]
+    ran = run("compress", tiny("llama-mha"), "--out", tmp_path / "out", *options, *dense)
+    assert f"bits  as the papers count: {rule}; dense linears as stored\n" in ran.out
+    reason = "left dense: model.layers.0.self_attn.k_proj (the recipe says so)"
+    assert (ran.err + ran.out).count(reason) == 1
+    assert run("inspect", tmp_path / "out").out.count(reason) == 1
 
 
 def test_eval_takes_a_dense_model(run: Run, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
@@ -489,7 +523,7 @@ def test_recipes_do_not_change(tmp_path: Path) -> None:
     for name, value in {"method": "stbllm", "sparsity": "1:4", "options": None}.items():
         with pytest.raises(ValueError, match="frozen"):
             setattr(recipe, name, value)
-    with pytest.raises(UserError, match="unknown: Extra inputs"):
+    with pytest.raises(UserError, match="unknown: there is no such field"):
         Recipe.create({"unknown": 1})
 
 

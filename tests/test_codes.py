@@ -275,6 +275,21 @@ def test_column_scales_solve_their_normal_equations() -> None:
     assert float(after) < 0.99 * float(before)
 
 
+def test_the_ridge_of_column_scales_is_neutral() -> None:
+    """In closed form for a diagonal H: c_j = (H_jj·z̃_jᵀw_j + ρ)/(H_jj·z̃_jᵀz̃_j + ρ); where Z̃ is W already, exactly 1."""
+    gram = torch.diag(torch.logspace(-6, 6, 16, dtype=torch.float64)).float()
+    scaled = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    weight = scaled * torch.linspace(0.5, 2, 16)
+    diagonal = (gram.diagonal() * scaled.square().sum(dim=0)).double()
+    ridge = 1e-4 * diagonal.mean()
+    right = (gram.diagonal() * (scaled * weight).sum(dim=0)).double()
+    expected = (right + ridge) / (diagonal + ridge)
+    found = solve_column_scales(weight, gram, scaled).double()
+    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    exact = solve_column_scales(scaled, gram, scaled)
+    assert torch.allclose(exact, torch.ones(16), rtol=0, atol=1e-6)
+
+
 def test_a_column_that_no_token_reaches_keeps_its_scale() -> None:
     """Its equation says nothing, so its factor is 1."""
     weight, gram = problem(7, rows=40, columns=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -49,7 +50,7 @@ def compress(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> Compress:
 
     def run(source: str | Path, width: str = "8bit", out: str = "out", **fields: Any) -> Path:
         directory = source if isinstance(source, Path) else tiny(source)
-        recipe = recipe_for(embeddings=width, **{"overrides": ALL_DENSE, **fields})
+        recipe = recipe_for(**{"method": "rtn", "embeddings": width, "overrides": ALL_DENSE, **fields})
         subbit.compress(directory, recipe, tmp_path / out)
         return tmp_path / out
 
@@ -175,8 +176,9 @@ def test_what_no_encoder_writes_is_an_error() -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", ["8bit", "4bit"])
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize(
+    ("family", "width"), [*((family, "8bit") for family in TIED), ("llama-mha", "4bit"), ("gemma3", "4bit")]
+)
 def test_a_loaded_model_is_its_dense_equivalent(family: str, width: str, tiny: Tiny, compress: Compress) -> None:
     """With compressed linears as well; tied matrices are one in the file and in memory."""
     out = compress(family, width, overrides={})
@@ -398,6 +400,19 @@ def test_the_calibration_sees_the_packed_embedding(
         assert torch.allclose(model.get_input_embeddings()(windows), hidden["student"], rtol=1e-6)
 
 
+def test_every_matrix_is_packed_once_in_a_run(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration, distillation and the file share what was packed."""
+    packed: list[EmbeddingSpec] = []
+
+    def counted(matrix: Tensor, spec: EmbeddingSpec) -> tuple[dict[str, Tensor], float]:
+        packed.append(spec)
+        return pack_matrix(matrix, spec)
+
+    monkeypatch.setattr("subbit.embeddings.pack_matrix", counted)
+    compress("llama-mha", method="codes", overrides={}, distillation={"steps": 1}, calibration={"seq_len": 8})
+    assert len(packed) == 2
+
+
 class Progress:
     """Keeps its lines; ``stop_at``: raises where a line begins with it."""
 
@@ -417,12 +432,12 @@ class Progress:
 @pytest.mark.parametrize("stop_at", ["layer 2/3", "model.embed_tokens = lm_head"])
 def test_a_resumed_run_gives_the_same_files(stop_at: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """Stopped among the layers, and when the embedding is packed; another width is another recipe."""
-    recipe = recipe_for(embeddings="4bit")
+    recipe = recipe_for("rtn", embeddings="4bit")
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=Progress(stop_at))
     with pytest.raises(UserError, match="embeddings differs"):
-        subbit.compress(tiny("llama-gqa"), recipe_for(embeddings="8bit"), tmp_path / "out", resume=True)
+        subbit.compress(tiny("llama-gqa"), recipe_for("rtn", embeddings="8bit"), tmp_path / "out", resume=True)
     progress = Progress()
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", resume=True, progress=progress)
     expected = f"model.embed_tokens = lm_head: 4 bits, {128 * 64 * 4:,} → {128 * 35:,} bytes, relative error 0."
@@ -483,8 +498,9 @@ def test_the_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", ["8bit", "4bit", "keep"])
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "opt"])
+@pytest.mark.parametrize(
+    ("family", "width"), [("llama-gqa", "8bit"), ("llama-gqa", "keep"), ("llama-mha", "4bit"), ("opt", "4bit")]
+)
 def test_inspect_counts_the_bytes_of_the_files(family: str, width: str, compress: Compress, tiny: Tiny) -> None:
     """Four parts that add up to the files; the parameters are those of the dense model."""
     out = compress(family, width, overrides={})
@@ -571,9 +587,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_line(damage: str, compress: Compress) -> None:
+def test_damage_is_one_line(damage: str, checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
     """The same from ``subbit.load`` and from transformers; never random numbers."""
-    out = compress("llama-gqa")
+    whole = checkpoint_of("llama-gqa", "rtn", embeddings="8bit", overrides=ALL_DENSE)
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
     change, complaint = DAMAGES[damage]
     change(out)
     for load in (subbit.load, AutoModelForCausalLM.from_pretrained):

@@ -26,6 +26,7 @@ from subbit.runtime.linear import SubbitLinear
 TEXT = "The river, & an old mill."
 Tiny = Callable[[str], Path]
 Recipes = Callable[..., Recipe]
+CheckpointOf = Callable[..., Path]
 
 
 def dense_weights(directory: Path) -> dict[str, Tensor]:
@@ -69,14 +70,14 @@ def assert_no_checkpoint(directory: Path) -> None:
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["stbllm", "pbs2p"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "pbs2p") for family in FAMILIES), ("opt", "stbllm"), ("mistral", "stbllm")]
+)
 def test_a_loaded_model_is_its_dense_equivalent(
-    family: str, method: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path
+    family: str, method: str, tiny: Tiny, checkpoint_of: CheckpointOf
 ) -> None:
     """Every linear is compressed, every group keeps N of M, and the logits are those of the unpacked weights."""
-    out = tmp_path / "out"
-    subbit.compress(tiny(family), recipe_for(method, sparsity="4:8"), out)
+    out = checkpoint_of(family, method)
     model, tokenizer = subbit.load(out)
     assert tokenizer(TEXT).input_ids == AutoTokenizer.from_pretrained(tiny(family))(TEXT).input_ids
     assert next(model.parameters()).dtype == torch.float32
@@ -113,7 +114,7 @@ def test_a_bfloat16_model_stays_bfloat16(tiny: Tiny, recipe_for: Recipes, tmp_pa
     assert torch.allclose(logits_of(single), logits_of(dense_equivalent(source, out)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sparsity", ["1:4", "7:8", "6:16", "15:16"])
+@pytest.mark.parametrize("sparsity", ["1:4", "7:8", "15:16"])
 def test_every_group_size_survives_the_files(sparsity: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """M of 4, 8 and 16, with N at its limits."""
     recipe = recipe_for("stbllm", sparsity=sparsity, allocation={"kind": "uniform"}, options={"block_size": 48})
@@ -123,32 +124,31 @@ def test_every_group_size_survives_the_files(sparsity: str, tiny: Tiny, recipe_f
     assert torch.allclose(logits_of(model), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tied_embeddings_are_stored_once_and_stay_tied(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_tied_embeddings_are_stored_once_and_stay_tied(tiny: Tiny, checkpoint_of: CheckpointOf) -> None:
     """The head is the embedding: one tensor in the file, one in memory, one in the count."""
-    subbit.compress(tiny("llama-gqa"), recipe_for(), tmp_path / "out")
-    model, _ = subbit.load(tmp_path / "out")
+    out = checkpoint_of("llama-gqa")
+    model, _ = subbit.load(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert "lm_head.weight" not in stored_tensors(tmp_path / "out")
+    assert "lm_head.weight" not in stored_tensors(out)
     dense = AutoModelForCausalLM.from_pretrained(tiny("llama-gqa"))
-    assert subbit.inspect(tmp_path / "out")["parameters"] == sum(p.numel() for p in dense.parameters())
+    assert subbit.inspect(out)["parameters"] == sum(p.numel() for p in dense.parameters())
 
 
 def test_perplexity_before_packing_is_perplexity_after_loading(
-    tiny: Tiny, recipe_for: Recipes, text_file: Path, tmp_path: Path
+    tiny: Tiny, checkpoint_of: CheckpointOf, text_file: Path
 ) -> None:
     """Nothing is lost on the way to the file and back."""
-    subbit.compress(tiny("mistral"), recipe_for("stbllm"), tmp_path / "out")
-    before = evaluate_perplexity(
-        dense_equivalent(tiny("mistral"), tmp_path / "out"), tiny_tokenizer(), str(text_file), seq_len=64
-    )
-    after = subbit.evaluate(tmp_path / "out", [str(text_file)], seq_len=64)[str(text_file)]
+    out = checkpoint_of("mistral", "stbllm")
+    dense = dense_equivalent(tiny("mistral"), out)
+    before = evaluate_perplexity(dense, tiny_tokenizer(), str(text_file), seq_len=64)
+    after = subbit.evaluate(out, [str(text_file)], seq_len=64)[str(text_file)]
     assert after.tokens == before.tokens
     assert math.isclose(after.value, before.value, rel_tol=1e-3)
 
 
 def test_two_runs_of_one_recipe_give_the_same_bytes(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """All files but the log, whose lines carry times; the self-sampled text included."""
-    recipe = recipe_for(calibration={"source": "self"}, allocation={"kind": "outliers", "samples": 2})
+    recipe = recipe_for("stbllm", calibration={"source": "self"}, allocation={"kind": "outliers", "samples": 2})
     contents = []
     for name in ("one", "two"):
         subbit.compress(tiny("qwen3"), recipe, tmp_path / name)
@@ -158,25 +158,27 @@ def test_two_runs_of_one_recipe_give_the_same_bytes(tiny: Tiny, recipe_for: Reci
     assert {"config.json", "tokenizer.json", "subbit_manifest.json", "subbit_recipe.yaml"} <= contents[0].keys()
 
 
-def test_the_bytes_do_not_depend_on_where_the_model_lies(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_where_the_model_lies(
+    tiny: Tiny, recipe_for: Recipes, checkpoint_of: CheckpointOf, tmp_path: Path
+) -> None:
     """No path of the machine gets into the files."""
     source = tmp_path / "a" / "copy of the model"
     source.mkdir(parents=True)
     for path in tiny("llama-mha").iterdir():
         (source / path.name).write_bytes(path.read_bytes())
-    subbit.compress(tiny("llama-mha"), recipe_for(), tmp_path / "one")
+    one = checkpoint_of("llama-mha")
     subbit.compress(source, recipe_for(), tmp_path / "two")
-    for path in (tmp_path / "one").iterdir():
+    for path in one.iterdir():
         if path.name != "subbit_log.jsonl":
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-            assert str(tmp_path / "one").encode() not in path.read_bytes()
+            assert str(one).encode() not in path.read_bytes()
 
 
-def test_the_recipe_beside_the_weights_is_the_recipe(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_the_recipe_beside_the_weights_is_the_recipe(recipe_for: Recipes, checkpoint_of: CheckpointOf) -> None:
     """It can be read back, equal to what was given."""
-    recipe = recipe_for("stbllm", options={"block_size": 64}, overrides={"re:o_proj$": {"sparsity": "6:8"}})
-    subbit.compress(tiny("llama-mha"), recipe, tmp_path / "out")
-    assert Recipe.from_yaml(tmp_path / "out" / "subbit_recipe.yaml") == recipe
+    fields: dict[str, Any] = {"options": {"block_size": 64}, "overrides": {"re:o_proj$": {"sparsity": "6:8"}}}
+    out = checkpoint_of("llama-mha", "stbllm", **fields)
+    assert Recipe.from_yaml(out / "subbit_recipe.yaml") == recipe_for("stbllm", **fields)
 
 
 # ---- how N is spread -------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def test_overrides(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
         r"re:down_proj$": {"sparsity": "7:8"},
     }
     progress = Lines()
-    recipe = recipe_for(overrides=overrides, allocation={"kind": "uniform"})
+    recipe = recipe_for("stbllm", overrides=overrides, allocation={"kind": "uniform"})
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=progress)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     found = {name: f"{spec['n']}:{spec['m']}" for name, spec in config["linears"].items()}
@@ -248,7 +250,7 @@ def test_inputs_that_are_no_multiple_of_m_stay_dense(recipe_for: Recipes, tmp_pa
     config = {"hidden_size": 64, "intermediate_size": 100}
     save_llama(source, **config)
     progress = Lines()
-    subbit.compress(source, recipe_for(allocation={"kind": "uniform"}), out, progress=progress)
+    subbit.compress(source, recipe_for("stbllm", allocation={"kind": "uniform"}), out, progress=progress)
     names = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
     facts = subbit.inspect(out)
     assert facts["left_dense"] == dict.fromkeys(names, "in_features 100 is not a multiple of M = 8")
@@ -291,24 +293,23 @@ def test_calibration_sources(
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text[i::2]}) for i in range(2)))
     source = str(tmp_path / "text.jsonl") if kind == "jsonl" else kind
     progress = Lines()
-    subbit.compress(tiny("opt"), recipe_for(calibration={"source": source}), tmp_path / "out", progress=progress)
+    recipe = recipe_for("rtn", calibration={"source": source})
+    subbit.compress(tiny("opt"), recipe, tmp_path / "out", progress=progress)
     origin = subbit.inspect(tmp_path / "out")["calibration"]
     said = {"self": "the model itself", "jsonl": "text.jsonl (2 documents)", "wikitext2": "stands in for train"}
     assert said[kind] in origin
     assert f"calibration: {origin}, 4 windows of 32 tokens" in progress.lines
 
 
-def test_the_seed_changes_the_calibration(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_the_seed_changes_the_calibration(checkpoint_of: CheckpointOf) -> None:
     """And with it the result."""
-    for seed in (0, 1):
-        subbit.compress(tiny("llama-mha"), recipe_for(calibration={"seed": seed}), tmp_path / str(seed))
-    one, two = (stored_tensors(tmp_path / str(seed)) for seed in (0, 1))
+    one, two = (stored_tensors(checkpoint_of("llama-mha", calibration={"seed": seed})) for seed in (0, 1))
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_singular_gram_raises_the_damping_and_says_so(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """Two tokens for 64 inputs and almost no damping: the factorization fails at first, the run does not."""
-    recipe = recipe_for(calibration={"samples": 1, "seq_len": 2}, options={"damping": 1e-30})
+    recipe = recipe_for("stbllm", calibration={"samples": 1, "seq_len": 2}, options={"damping": 1e-30})
     progress = Lines()
     subbit.compress(tiny("llama-mha"), recipe, tmp_path / "out", progress=progress)
     raised = [entry for entry in events(tmp_path / "out", "linear") if entry["damping"] > 1e-30]
@@ -320,12 +321,12 @@ def test_a_singular_gram_raises_the_damping_and_says_so(tiny: Tiny, recipe_for: 
     assert bool(logits_of(model).isfinite().all())
 
 
-def test_the_log_tells_the_run(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_the_log_tells_the_run(checkpoint_of: CheckpointOf) -> None:
     """Start, a line for every linear with its numbers and time, a line for every layer, the end."""
-    subbit.compress(tiny("llama-mha"), recipe_for(), tmp_path / "out")
-    assert len(events(tmp_path / "out", "start")) == len(events(tmp_path / "out", "finished")) == 1
-    assert [entry["index"] for entry in events(tmp_path / "out", "layer")] == [0, 1, 2]
-    linears = events(tmp_path / "out", "linear")
+    out = checkpoint_of("llama-mha")
+    assert len(events(out, "start")) == len(events(out, "finished")) == 1
+    assert [entry["index"] for entry in events(out, "layer")] == [0, 1, 2]
+    linears = events(out, "linear")
     assert len(linears) == 21
     for entry in linears:
         assert entry["tokens"] == 128
@@ -337,18 +338,18 @@ def test_the_log_tells_the_run(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) 
 # ---- what must not happen --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "value"),
     [
-        "model.embed_tokens.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "model.layers.2.input_layernorm.weight",
-        "model.norm.weight",
-        "lm_head.weight",
+        ("model.embed_tokens.weight", math.nan),
+        ("model.layers.1.mlp.up_proj.weight", math.nan),
+        ("model.layers.1.mlp.up_proj.weight", math.inf),
+        ("model.layers.2.input_layernorm.weight", math.inf),
+        ("model.norm.weight", math.nan),
+        ("lm_head.weight", math.inf),
     ],
 )
-def test_nan_in_the_source_is_named(value: float, name: str, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_nan_in_the_source_is_named(name: str, value: float, recipe_for: Recipes, tmp_path: Path) -> None:
     """Wherever it is; and nothing that looks like a checkpoint stays behind."""
     model = tiny_model("llama-mha")
     with torch.no_grad():
@@ -356,7 +357,7 @@ def test_nan_in_the_source_is_named(value: float, name: str, recipe_for: Recipes
     model.save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     with pytest.raises(UserError, match=f"tensor {name} .*NaN or infinity") as caught:
-        subbit.compress(tmp_path / "source", recipe_for(), tmp_path / "out")
+        subbit.compress(tmp_path / "source", recipe_for("rtn"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert_no_checkpoint(tmp_path / "out")
 
@@ -369,7 +370,7 @@ def test_weights_too_large_for_float16_scales_are_named(recipe_for: Recipes, tmp
     model.save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj: its scales do not fit in float16"):
-        subbit.compress(tmp_path / "source", recipe_for(), tmp_path / "out")
+        subbit.compress(tmp_path / "source", recipe_for("stbllm"), tmp_path / "out")
     assert_no_checkpoint(tmp_path / "out")
 
 
@@ -398,7 +399,7 @@ def test_one_decoder_layer_at_a_time_is_in_memory(
 
     monkeypatch.setattr(pipeline, "compress_layers", watch)
     monkeypatch.setattr(layerwise, "run_method", look)
-    subbit.compress(tiny("llama-mha"), recipe_for(), tmp_path / "out")
+    subbit.compress(tiny("llama-mha"), recipe_for("rtn"), tmp_path / "out")
     assert [layers for layers in seen if layers] == [[i] for i in range(3) for _ in range(7)]
     assert real_layers(jobs[0]) == []
     assert all(parameter.is_meta for parameter in jobs[0].model.parameters())
@@ -414,14 +415,14 @@ def test_old_style_generation_settings_in_the_config_do_no_harm(
         (source / path.name).write_bytes(path.read_bytes())
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "temperature": 0.7, "do_sample": True, "top_p": 0.9}))
-    subbit.compress(source, recipe_for(), tmp_path / "out")
+    subbit.compress(source, recipe_for("rtn"), tmp_path / "out")
     model, _ = subbit.load(tmp_path / "out")
     assert bool(logits_of(model).isfinite().all())
 
 
 def test_compress_returns_the_opened_checkpoint(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """The same as opening the directory."""
-    checkpoint = subbit.compress(tiny("llama-mha"), recipe_for(), tmp_path / "out")
+    checkpoint = subbit.compress(tiny("llama-mha"), recipe_for("rtn"), tmp_path / "out")
     assert checkpoint.directory == tmp_path / "out"
     assert len(checkpoint.specs) == 21
     checkpoint.check_contents()

@@ -9,6 +9,7 @@ import torch
 from families import save_tiny
 from transformers import AutoModelForCausalLM
 
+from subbit.binary.nm import Sparsity
 from subbit.job import Job
 from subbit.models.layout import find_layout
 from subbit.models.source import open_source
@@ -47,6 +48,15 @@ def test_cosine_importance_is_that_of_the_whole_dense_model(family: str, tmp_pat
         cosine = float(torch.cosine_similarity(before, after, dim=-1).mean())
         for name in job.linears(index):
             assert importance[name] == pytest.approx(1 / max(cosine, 1e-2), rel=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", ["7:8", "1:4"])
+def test_a_target_at_the_edge_is_spread_over_what_is_a_sparsity(sparsity: str, tmp_path: Path) -> None:
+    """N of no linear is 0 or M, though the importance asks for one more or less than the target."""
+    save_tiny("llama-gqa", tmp_path)
+    job = job_of(tmp_path, Recipe.create({"method": "pbs2p", "sparsity": sparsity, "allocation": {"kind": "sine"}}))
+    sparsities = plan_sparsity(job, make_plan(job), torch.empty(0), [])[0]
+    assert {str(Sparsity.parse(found)) for found in sparsities.values()} == {sparsity}
 
 
 @pytest.mark.parametrize("kind", ["uniform", "sine", "l2", "outliers", "cosine"])

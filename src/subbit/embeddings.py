@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,15 @@ from subbit.models.source import ModelSource
 from subbit.packing.embedding import EmbeddingSpec, PackedEmbeddings, pack_matrix
 from subbit.runtime.embedding import embedding_scale
 
-__all__ = ["pack_rest", "plan_embeddings", "quantized_source"]
+__all__ = ["PackedMatrix", "pack_matrices", "pack_rest", "plan_embeddings", "quantized_source"]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """The embedding or the head as it is stored."""
+
+    tensors: dict[str, Tensor]  # by short name
+    error: float  # relative root mean square
 
 
 def plan_embeddings(job: Job) -> PackedEmbeddings:
@@ -77,18 +86,21 @@ def are_tied(job: Job, embedding: str, head: str) -> bool:
     )
 
 
-def pack(job: Job, name: str, spec: EmbeddingSpec) -> tuple[dict[str, Tensor], float]:
-    """The stored tensors of one module by short name, and its relative error; UserError if it cannot be packed."""
-    try:
-        return pack_matrix(job.source.tensor(f"{name}.weight"), spec)
-    except OverflowError as error:
-        raise UserError(f"{name}: {error}; use embeddings: keep") from None
+def pack_matrices(job: Job, plan: PackedEmbeddings) -> dict[str, PackedMatrix]:
+    """What the plan packs, by module name; UserError for a matrix that cannot be packed. Done once in a run."""
+    packed = {}
+    for name, spec in plan.specs.items():
+        try:
+            packed[name] = PackedMatrix(*pack_matrix(job.source.tensor(f"{name}.weight"), spec))
+        except OverflowError as error:
+            raise UserError(f"{name}: {error}; use embeddings: keep") from None
+    return packed
 
 
-def quantized_source(job: Job, plan: PackedEmbeddings) -> ModelSource:
+def quantized_source(job: Job, plan: PackedEmbeddings, packed: dict[str, PackedMatrix]) -> ModelSource:
     """The source as the calibration must see it: with the embedding that the compressed model will have."""
     return job.source.replacing(
-        {f"{name}.weight": decoder(spec, pack(job, name, spec)[0]) for name, spec in plan.specs.items()}
+        {f"{name}.weight": decoder(spec, packed[name].tensors) for name, spec in plan.specs.items()}
     )
 
 
@@ -97,14 +109,17 @@ def decoder(spec: EmbeddingSpec, tensors: dict[str, Tensor]) -> Callable[[], Ten
     return lambda: spec.decode_rows(tensors)
 
 
-def pack_rest(job: Job, plan: PackedEmbeddings, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack_rest(
+    job: Job, plan: PackedEmbeddings, packed: dict[str, PackedMatrix], rest: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """``rest``, what is in no decoder layer, with packed matrices in the place of those that the plan names."""
     rest = dict(rest)
     for name, spec in plan.specs.items():
         heads = [head for head, other in plan.tied.items() if other == name]
         dense = [rest.pop(f"{user}.weight") for user in (name, *heads) if f"{user}.weight" in rest]
-        tensors, error = pack(job, name, spec)
-        rest.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
+        rest.update({f"{name}.{key}": tensor for key, tensor in packed[name].tensors.items()})
         sizes = f"{sum(tensor.nbytes for tensor in dense):,} → {spec.stored_bytes:,} bytes"
-        job.progress.line(f"{' = '.join([name, *heads])}: {spec.label}, {sizes}, relative error {error:.4f}")
+        job.progress.line(
+            f"{' = '.join([name, *heads])}: {spec.label}, {sizes}, relative error {packed[name].error:.4f}"
+        )
     return rest

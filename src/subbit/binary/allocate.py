@@ -40,7 +40,7 @@ def spread_importance(importance: Sequence[float], n_low: float, n_high: float) 
 
 
 def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:
-    """Whole N_i, 1 … M, as near to ``desired`` as the target allows.
+    """Whole N_i, 1 … M − 1 (M if ``n`` is M, which prunes nothing), as near to ``desired`` as the target allows.
 
     The weighted mean of N_i equals ``n`` to within half a step of one unit: starting from the rounded wishes, the unit
     that is furthest below (above) its wish is raised (lowered) as long as that brings the mean closer. Ties go to the
@@ -52,12 +52,13 @@ def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> 
         n: the target, N of N:M.
         m: the group size.
     """
-    numbers = [min(max(math.floor(wish + 0.5), 1), m) for wish in desired]
+    top = max(n, m - 1)
+    numbers = [min(max(math.floor(wish + 0.5), 1), top) for wish in desired]
     target = n * sum(sizes)
     while True:
         missing = target - sum(number * size for number, size in zip(numbers, sizes, strict=True))
         step = 1 if missing > 0 else -1
-        movable = [i for i, size in enumerate(sizes) if 1 <= numbers[i] + step <= m and size < 2 * abs(missing)]
+        movable = [i for i, size in enumerate(sizes) if 1 <= numbers[i] + step <= top and size < 2 * abs(missing)]
         if not movable:
             return numbers
         numbers[max(movable, key=lambda i: (step * (desired[i] - numbers[i]), -i))] += step

@@ -110,12 +110,13 @@ def solve_row_scales(weight: Tensor, gram: Tensor, signs: Tensor) -> Tensor:
 def solve_column_scales(weight: Tensor, gram: Tensor, scaled: Tensor) -> Tensor:
     """(in,) float32: the c that minimizes tr((W − Z̃·diag(c)) H (…)ᵀ), for Z̃ = r·z (out, in).
 
-    Its normal equations are (H ∘ Z̃ᵀZ̃) c = diag(Z̃ᵀ W H).
+    Its normal equations are (H ∘ Z̃ᵀZ̃) c = diag(Z̃ᵀ W H), with a ridge ρ·‖c − 1‖² towards what they are without: a column
+    that no token reaches keeps its scale.
     """
     system = (gram * (scaled.T @ scaled)).double()
     right = (scaled * (weight @ gram)).sum(dim=0).double()
     diagonal = system.diagonal()
-    diagonal += 1e-4 * diagonal.mean() + 1e-30
-    # towards 1, what it is without: a column that no token reaches keeps its scale
-    right += 1e-4 * diagonal.mean()
+    ridge = 1e-4 * diagonal.mean() + 1e-30
+    diagonal += ridge
+    right += ridge  # the same on both sides, so that it moves no solution of 1
     return torch.linalg.solve(system, right).float()
