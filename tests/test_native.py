@@ -11,18 +11,23 @@ import random
 from collections.abc import Iterator
 from itertools import product
 from math import comb
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from subbit.binary.nm import Sparsity
 from subbit.errors import CheckpointError, UserError
 from subbit.linears import CodesLinear
 from subbit.packing.codec import codeword_bits, pack_bits, packed_bytes
 from subbit.packing.codes import CodesSpec, pack_codes
+from subbit.packing.embedding import EmbeddingSpec
 from subbit.runtime import native
 from subbit.runtime.dispatch import choose, summary
+from subbit.runtime.embedding import SubbitEmbedding, SubbitHead, TiedHead
 from subbit.runtime.linear import SubbitLinear
 from subbit.runtime.reference import packed_linear
 
@@ -88,7 +93,8 @@ def fuzz(seed: int) -> None:
     spec, tensors = pack_codes(linear)
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(batch, columns + 3, generator=generator).to(dtype)[:, choice.randrange(4) :][:, :columns]
-    bias = torch.randn(rows, generator=generator).to(dtype) if choice.random() < 0.5 else None
+    bias: Tensor | None = torch.randn(rows, generator=generator).to(choice.choice([dtype, *native.DTYPES]))
+    bias = bias if choice.random() < 0.5 else None
     torch.set_num_threads(choice.choice([1, 2, 3]))
     offset = choice.randrange(4)  # codes that begin anywhere
     moved = torch.cat([tensors["codes"].new_zeros(offset), tensors["codes"].flatten()])[offset:]
@@ -225,6 +231,18 @@ def test_codewords_that_no_encoder_writes(n: int, m: int) -> None:
             native.repack(spec, tensors)
 
 
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+def test_no_table_is_read_past_its_end(n: int, m: int) -> None:
+    """Any bytes in the place of codes, which repack() would not have written: wrong weights, and nothing worse."""
+    spec = CodesSpec(66, 9 * 16, n, m, False)
+    codes = torch.zeros(*spec.tensors()["codes"][0], dtype=torch.uint8)
+    packed = native.repack(spec, {"codes": codes, "row_scales": torch.ones(66).half()})
+    packed[: -4 * 66].fill_(255)
+    native.decode(spec, packed, slice(0, 66))
+    native.stored_codes(spec, packed)
+    assert native.linear(torch.ones(2, 9 * 16), spec, packed, None).shape == (2, 66)
+
+
 def test_tensors_of_another_shape_are_refused() -> None:
     spec, tensors = pack_codes(random_linear(2, 8, 8, 64, seed=7))
     with pytest.raises(CheckpointError, match="codes"):
@@ -316,6 +334,108 @@ def test_compile_and_export() -> None:
     torch.library.opcheck(
         torch.ops.subbit.linear.default, (inputs, module.prepare(), module.bias, 70, 2, 8, True), raise_exception=True
     )
+
+
+def test_whoever_has_to_see_the_operator_does() -> None:
+    """Kernels are called directly only where nothing of torch listens."""
+    linear = random_linear(2, 8, 70, 128, seed=15)
+    spec, packed = repacked(linear)
+    inputs = torch.randn(3, 128, generator=torch.Generator().manual_seed(15))
+    expected = native.linear(inputs, spec, packed, None)
+
+    def product(x: Tensor) -> Tensor:
+        return native.linear(x, spec, packed, None)
+
+    assert native.is_plain(inputs)
+    assert not native.is_plain(inputs.clone().requires_grad_())
+    assert not native.is_plain(nn.Parameter(inputs))
+    with torch.no_grad():
+        assert native.is_plain(inputs.clone().requires_grad_())
+    assert "subbit.linear" in make_fx(product)(inputs).code
+    assert "subbit::linear" in str(torch.jit.trace(product, inputs, check_trace=False).graph)
+    assert torch.equal(torch.vmap(product)(inputs), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert product(mode.from_tensor(inputs)).shape == (3, 70)
+
+
+# --- heads --------------------------------------------------------------------------------------------------------
+
+
+def random_rows(
+    bits: int, rows: int, columns: int, group_size: int, seed: int
+) -> tuple[EmbeddingSpec, dict[str, Tensor]]:
+    """Any codes, zeros and scales, those of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = EmbeddingSpec(rows, columns, bits, group_size)
+    shapes = {name: shape for name, (shape, _) in spec.tensors().items()}
+    codes = torch.randint(256, shapes["codes"], generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(2**bits, shapes["zeros"], generator=generator, dtype=torch.uint8)
+    scales = (torch.randn(shapes["scales"], generator=generator) / 50).half()
+    scales[0, 0] = 3e-7  # below the smallest normal number
+    return spec, {"codes": codes, "zeros": zeros, "scales": scales}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(576, 64), (64, 64), (80, 32), (100, 64), (7, 3), (33, 64), (512, 256)]
+)
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_heads(bits: int, columns: int, group_size: int, dtype: torch.dtype, isa: str, threads: None) -> None:
+    """Against float64, with outlier channels and a bias; the number of threads changes nothing."""
+    spec, tensors = random_rows(bits, 700, columns, group_size, seed=columns)
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(2, 3, columns, generator=generator)
+    inputs[..., torch.randperm(columns, generator=generator)[:3]] *= 50
+    bias, given = torch.randn(700, generator=generator), inputs.to(dtype)
+    outputs = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        outputs.append(native.rows_linear(given, spec, tensors, bias))
+    assert torch.equal(*outputs)
+    assert outputs[0].dtype == dtype
+    expected = given.double() @ spec.decode_rows(tensors).double().T + bias.double()
+    bound = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert relative_error(outputs[0], expected) <= bound
+
+
+def test_special_inputs_of_heads(isa: str) -> None:
+    spec, tensors = random_rows(8, 20, 128, 64, seed=0)
+    inputs = torch.zeros(3, 128)
+    inputs[1, 70], inputs[2, 3] = float("nan"), float("inf")
+    output = native.rows_linear(inputs, spec, tensors, None)
+    assert not output[0].any()
+    assert output[1:].isnan().all()
+    assert native.rows_linear(torch.zeros(0, 128), spec, tensors, None).shape == (0, 20)
+    with pytest.raises(ValueError, match="columns"):
+        native.rows_linear(torch.zeros(1, 64), spec, tensors, None)
+    with pytest.raises(ValueError, match="zeros of the matrix"):
+        native.rows_linear(inputs, spec, {**tensors, "zeros": tensors["zeros"][:5]}, None)
+
+
+def test_heads_use_the_kernel_for_a_few_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding; a batch, gradients and other dtypes are a dense product."""
+    spec, tensors = random_rows(8, 50, 64, 64, seed=0)
+    embedding, head = SubbitEmbedding(spec), SubbitHead(spec)
+    for module in (embedding, head):
+        module.load_state_dict(tensors, strict=False)
+    calls: list[int] = []
+    kernel = native.rows_linear
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(len(given[0]))
+        return kernel(*given)
+
+    monkeypatch.setattr(native, "rows_linear", counted)
+    expected = torch.ones(64).double() @ spec.decode_rows(tensors).double().T
+    heads: list[torch.nn.Module] = [TiedHead(embedding), head]
+    for one in heads:
+        calls.clear()
+        for inputs in (torch.ones(1, 64), torch.ones(8, 64), torch.ones(9, 64), torch.ones(1, 64).double()):
+            assert torch.allclose(one(inputs).double(), expected.expand(len(inputs), -1), rtol=1e-3, atol=1e-3)
+        assert calls == [1, 8]
+        assert one(torch.ones(1, 64, requires_grad=True)).requires_grad
+        assert calls == [1, 8]
+    assert choose(EmbeddingSpec(50, 512, 8, 512)).name == "torch"
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:

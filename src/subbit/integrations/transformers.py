@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ class SubbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         checkpoint = open_checkpoint(directory_of(checkpoint_files)) if checkpoint_files else None
+        self._files: dict[str, Path] = {}  # by tensor
         if checkpoint:
             checkpoint.check_contents()
+            self._files = {name: checkpoint.directory / tensor.file for name, tensor in checkpoint.tensors.items()}
         linears = [*self.quantization_config.linears, *self.quantization_config.left_dense]
         split_experts(model, linears)
         for name, spec in read_specs(self.quantization_config.linears, "this checkpoint").items():
@@ -73,9 +76,20 @@ class SubbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, PackedModule) and any(tensor.is_meta for tensor in module.packed().values()):
-                raise CheckpointError(f"the packed tensors of {name} were not loaded; the checkpoint is incomplete")
+            if isinstance(module, PackedModule):
+                self._settle(name, module, model.dtype)
+        release_files(model, self._files)
         return model
+
+    def _settle(self, name: str, module: PackedModule, dtype: torch.dtype) -> None:
+        """Make one loaded module ready; CheckpointError that names it and its file when it is damaged or incomplete."""
+        if any(tensor.is_meta for tensor in module.packed().values()):
+            raise CheckpointError(f"the packed tensors of {name} were not loaded; the checkpoint is incomplete")
+        try:
+            module.settle(dtype)
+        except CheckpointError as error:
+            where = self._files.get(f"{name}.codes", "this checkpoint")
+            raise CheckpointError(f"{where}: {name}: {error}; get it again or compress again") from None
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""
@@ -85,6 +99,31 @@ class SubbitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights have no gradients."""
         return False
+
+
+def release_files(model: nn.Module, files: dict[str, Path]) -> None:
+    """Copy tensors that would hold a weight file in memory of which they are less than half.
+
+    Loaded tensors lie in a mapped file. When its codewords were moved into the order of the kernels, norms and scales
+    are all that still refers to it.
+
+    Args:
+        files: where every tensor of the checkpoint is.
+    """
+    loaded = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: tensor for name, tensor in loaded if name in files and tensor.device.type == "cpu"}
+    used: Counter[Path] = Counter()
+    for name, tensor in tensors.items():
+        used[files[name]] += tensor.nbytes
+    sizes = {file: file.stat().st_size for file in used}
+    for name, tensor in tensors.items():
+        if 2 * used[files[name]] >= sizes[files[name]]:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.clone()
+        else:  # a view, which would remember the tensor in the file
+            path, _, key = name.rpartition(".")
+            model.get_submodule(path)._buffers[key] = tensor.clone()
 
 
 def directory_of(files: list[str]) -> Path:

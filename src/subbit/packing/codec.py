@@ -17,6 +17,8 @@ from subbit.binary.codebook import kept_columns
 from subbit.errors import CheckpointError
 
 __all__ = [
+    "check_codewords",
+    "check_symbol_bytes",
     "codeword_bits",
     "decode_groups",
     "encode_groups",
@@ -28,6 +30,8 @@ __all__ = [
     "unpack_bits",
     "unpack_symbols",
 ]
+
+CODEWORDS_AT_ONCE = 1 << 18  # that are checked: they fit a second-level cache
 
 
 def codeword_bits(n: int, m: int) -> int:
@@ -68,11 +72,36 @@ def decode_groups(codewords: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     columns = kept_columns(n, m).to(codewords.device)
     rank = codewords >> n
     if int(rank.max()) >= len(columns):
-        raise CheckpointError(f"a codeword names mask {int(rank.max())}, but {n}:{m} has only {len(columns)}")
+        raise unknown_mask(int(rank.max()), n, m)
     signs = (codewords[..., None] >> torch.arange(n, device=codewords.device)) & 1
     # index_select, not indexing: several times faster on the CPU
     kept = columns.index_select(0, rank.flatten()).view(*rank.shape, n)
     return kept, signs.bool()
+
+
+def check_codewords(packed: Tensor, count: int, n: int, m: int) -> None:
+    """CheckpointError for a rank that no encoder writes, among ``count`` codewords in each of (..., bytes) uint8.
+
+    Only ranks are read, of some rows at a time, and all that have the same place within eight codewords at once.
+    """
+    width, ranks = codeword_bits(n, m), len(kept_columns(n, m))
+    if ranks == 1 << (width - n):
+        return  # every number is a codeword
+    for rows in packed.flatten(0, -2).split(max(1, CODEWORDS_AT_ONCE // count)):
+        for place in range(min(8, count)):  # eight codewords take a whole number of bytes, `width`
+            first, shift = divmod(place * width + n, 8)
+            there = -(-(count - place) // 8)
+            rank = rows[:, first::width][:, :there].int()
+            for byte in range(1, (shift + width - n + 7) // 8):
+                rank |= rows[:, first + byte :: width][:, :there].int() << 8 * byte
+            largest = int(((rank >> shift) & ((1 << (width - n)) - 1)).max())
+            if largest >= ranks:
+                raise unknown_mask(largest, n, m)
+
+
+def unknown_mask(rank: int, n: int, m: int) -> CheckpointError:
+    """The error of a codeword with a rank that no encoder writes."""
+    return CheckpointError(f"a codeword names mask {rank}, but {n}:{m} has only {len(kept_columns(n, m))}")
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -128,6 +157,12 @@ def symbol_table(radix: int) -> Tensor:
     return (torch.arange(256)[:, None] // radix ** torch.arange(digits) % radix).to(torch.uint8)
 
 
+def check_symbol_bytes(packed: Tensor, radix: int) -> None:
+    """CheckpointError for a byte of symbols that no encoder writes."""
+    if radix == 3 and int(packed.max()) >= 3**5:
+        raise CheckpointError(f"a symbol byte is {int(packed.max())}, but five symbols of radix 3 end at 242")
+
+
 def unpack_symbols(packed: Tensor, count: int, radix: int) -> Tensor:
     """The inverse of :func:`pack_symbols`: (..., count) uint8 of ``packed`` (..., bytes) uint8.
 
@@ -136,8 +171,7 @@ def unpack_symbols(packed: Tensor, count: int, radix: int) -> Tensor:
     """
     if radix == 1:
         return packed.new_zeros(*packed.shape[:-1], count)
-    if radix == 3 and int(packed.max()) >= 3**5:
-        raise CheckpointError(f"a symbol byte is {int(packed.max())}, but five symbols of radix 3 end at 242")
+    check_symbol_bytes(packed, radix)
     table = symbol_table(radix).to(packed.device)
     digits = table.index_select(0, packed.flatten().int())
     return digits.view(*packed.shape[:-1], -1)[..., :count]

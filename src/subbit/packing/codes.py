@@ -10,7 +10,15 @@ from torch import Tensor
 
 from subbit.binary.nm import Sparsity
 from subbit.linears import CodesLinear
-from subbit.packing.codec import codeword_bits, decode_groups, encode_groups, pack_bits, packed_bytes, unpack_bits
+from subbit.packing.codec import (
+    check_codewords,
+    codeword_bits,
+    decode_groups,
+    encode_groups,
+    pack_bits,
+    packed_bytes,
+    unpack_bits,
+)
 from subbit.packing.spec import LinearSpec, Shapes
 
 __all__ = ["CodesSpec", "pack_codes"]
@@ -50,6 +58,10 @@ class CodesSpec(LinearSpec):
     def decode_rows(self, tensors: dict[str, Tensor]) -> Tensor:
         """(rows, in) float32, see :meth:`LinearSpec.decode_rows`."""
         return self.unpack(tensors).dense()
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """See :meth:`LinearSpec.check`."""
+        check_codewords(tensors["codes"], self.in_features // self.m, self.n, self.m)
 
     def unpack(self, tensors: dict[str, Tensor]) -> CodesLinear:
         """The inverse of :func:`pack_codes`; CheckpointError for a codeword that no encoder writes."""

@@ -91,12 +91,17 @@ class EmbeddingSpec(LinearSpec):
         """(rows, in) float32, see :meth:`LinearSpec.decode_rows`."""
         return self.unpack(tensors).dense()
 
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """See :meth:`LinearSpec.check`."""
+        zeros = tensors["zeros"]
+        if self.bits == 4 and zeros.numel() and int(zeros.max()) > 15:
+            raise CheckpointError(f"a zero point is {int(zeros.max())}, but codes of 4 bits end at 15")
+
     def unpack(self, tensors: dict[str, Tensor]) -> UniformRows:
         """The inverse of :func:`pack_rows`; CheckpointError for a zero point that no encoder writes."""
+        self.check(tensors)
         codes, zeros = tensors["codes"], tensors["zeros"]
         if self.bits == 4:
-            if zeros.numel() and int(zeros.max()) > 15:
-                raise CheckpointError(f"a zero point is {int(zeros.max())}, but codes of 4 bits end at 15")
             codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, : self.in_features]
         return UniformRows(self.bits, self.group_size, codes, zeros, tensors["scales"])
 

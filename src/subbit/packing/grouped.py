@@ -16,6 +16,8 @@ from subbit.binary.nm import Sparsity
 from subbit.errors import CheckpointError
 from subbit.linears import GroupedBinaryLinear, level_index, levels, scale_count, scale_slots
 from subbit.packing.codec import (
+    check_codewords,
+    check_symbol_bytes,
     codeword_bits,
     decode_groups,
     encode_groups,
@@ -116,6 +118,21 @@ class GroupedBinarySpec(LinearSpec):
             dense.append(empty.scatter_(3, part.columns, values).flatten(1))
         weight = torch.cat(dense, dim=1)
         return weight * tensors["column_scales"].float() if self.has_column_scales else weight
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """See :meth:`LinearSpec.check`."""
+        full, tail = divmod(self.in_features, self.block_size)
+        start = 0
+        for count, width in ((full, self.block_size), (1, tail)):
+            size = self.block_bytes(width)[0]
+            codes = tensors["codes"][:, start : start + count * size]
+            start += count * size
+            if codes.numel():
+                check_codewords(codes.unflatten(1, (count, size)), width // self.m, self.n, self.m)
+        if self.radix > 1:
+            check_symbol_bytes(tensors["symbols"], self.radix)
+        if self.salient_regions > 1:
+            unpack_residuals(self, tensors["residuals"][:0], salient_columns(self, tensors))  # their number of bytes
 
     def unpack(self, tensors: dict[str, Tensor]) -> GroupedBinaryLinear:
         """The inverse of :func:`pack_grouped`; CheckpointError for codewords or symbols that no encoder writes."""

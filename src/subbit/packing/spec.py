@@ -52,6 +52,12 @@ class LinearSpec(ABC):
     def unpack(self, tensors: dict[str, Tensor]) -> CompressedLinear:
         """The linear; CheckpointError for contents that no encoder writes."""
 
+    def check(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 (where every number is in its table)
+        """CheckpointError for numbers outside of their tables that no encoder writes; nothing is decoded for it.
+
+        What remains, a symbol that its column cannot have, :meth:`unpack` and :meth:`decode_rows` find.
+        """
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors."""

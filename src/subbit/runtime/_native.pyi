@@ -14,6 +14,32 @@ def repack(shape: Shape, codes: int, row_scales: int, column_scales: int, buffer
 def unpack(shape: Shape, buffer: int, codes: int) -> None: ...
 def decode(shape: Shape, buffer: int, first_row: int, rows: int, weights: int) -> None: ...
 def multiply(
-    kernels: Kernels, shape: Shape, buffer: int, inputs: int, batch: int, bias: int, outputs: int, threads: int
+    kernels: Kernels,
+    shape: Shape,
+    buffer: int,
+    inputs: int,
+    bfloat16: bool,
+    batch: int,
+    bias: int,
+    bfloat16_bias: bool,
+    outputs: int,
+    threads: int,
+) -> None: ...
+
+class RowMatrix:
+    def __init__(
+        self, codes: int, zeros: int, scales: int, rows: int, columns: int, bits: int, group_size: int
+    ) -> None: ...
+
+def multiply_rows(
+    kernels: Kernels,
+    matrix: RowMatrix,
+    inputs: int,
+    bfloat16: bool,
+    batch: int,
+    bias: int,
+    bfloat16_bias: bool,
+    outputs: int,
+    threads: int,
 ) -> None: ...
 def read_memory(kernels: Kernels, bytes: int, count: int, threads: int) -> int: ...

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from subbit.packing.codes import CodesSpec
+from subbit.packing.embedding import EmbeddingSpec
 from subbit.packing.spec import LinearSpec
 from subbit.runtime import native
 
@@ -33,9 +34,9 @@ def choose(
     spec: LinearSpec, device: str = "cpu", dtype: torch.dtype = torch.float32, needs_grad: bool = False
 ) -> Backend:
     """The backend of a linear for inputs on a type of device, of a dtype; ``needs_grad``: of the inputs."""
-    if not isinstance(spec, CodesSpec):
+    if not isinstance(spec, (CodesSpec, EmbeddingSpec)):
         return Backend("torch", f"no native kernel for {spec.kind}")
-    if not native.supports(spec.n, spec.m):
+    if not (native.supports(spec.n, spec.m) if isinstance(spec, CodesSpec) else native.supports_rows(spec)):
         return Backend("torch", f"no native kernel for {spec.label}")
     if device != "cpu":
         return Backend("torch", f"native kernels run on the CPU, not on {device}")
@@ -47,7 +48,8 @@ def choose(
     if missing:
         say_once(missing)
         return Backend("torch", missing)
-    return Backend("native", native.variant() if native.is_fast(spec.n, spec.m) else "portable")
+    slow = isinstance(spec, CodesSpec) and not native.is_fast(spec.n, spec.m)
+    return Backend("native", "portable" if slow else native.variant())
 
 
 def summary() -> str:
@@ -56,7 +58,7 @@ def summary() -> str:
     if missing:
         return f"torch reference (unpacks a tile of rows at a time; {missing})"
     there = ", ".join(native.variants())
-    return f"native {native.variant()} (of {there}) for codes linears; torch reference for all others"
+    return f"native {native.variant()} (of {there}) for codes linears and packed heads; torch reference for all others"
 
 
 @lru_cache(maxsize=4)

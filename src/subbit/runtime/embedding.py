@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from subbit.packing.embedding import EmbeddingSpec
+from subbit.runtime import native
+from subbit.runtime.dispatch import choose
 from subbit.runtime.linear import PackedModule, SubbitLinear
 from subbit.runtime.reference import packed_linear
 
@@ -58,6 +60,20 @@ def dense_weight(module: PackedModule) -> Tensor:
     For the few models whose forward looks at ``weight`` itself, be it only its dtype (Mamba's head): slow, but right.
     """
     return module.spec.decode_rows(module.packed()).to(model_dtype(module))
+
+
+def head_output(inputs: Tensor, module: PackedModule, bias: Tensor | None) -> Tensor:
+    """``inputs`` (..., width) times the packed matrix of a module, (..., tokens) in the dtype of ``inputs``.
+
+    A few vectors, which is what decoding asks for, with the native kernel, which reads the matrix as it is stored; many
+    with a dense product, a tile of decoded rows at a time.
+    """
+    spec = module.spec
+    assert isinstance(spec, EmbeddingSpec)
+    few = native.is_plain(inputs) and inputs.numel() <= native.ROWS_UP_TO * spec.in_features
+    if few and choose(spec, dtype=inputs.dtype).name == "native":
+        return native.rows_linear(inputs, spec, module.packed(), bias)
+    return packed_linear(inputs, spec, module.packed(), bias)
 
 
 class SubbitEmbedding(PackedModule):
@@ -114,6 +130,10 @@ class SubbitHead(SubbitLinear):
         """See :func:`dense_weight`."""
         return dense_weight(self)
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., width) → (..., tokens), dtype of ``inputs``."""
+        return head_output(inputs, self, self._parameters["bias"])
+
 
 class TiedHead(nn.Module):
     """A head that multiplies with the packed matrix of the input embedding: it has no copy, and stores nothing."""
@@ -138,7 +158,7 @@ class TiedHead(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., width) → (..., tokens), dtype of ``inputs``."""
-        return packed_linear(inputs, self.embedding.spec, self.embedding.packed(), self._parameters["bias"])
+        return head_output(inputs, self.embedding, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

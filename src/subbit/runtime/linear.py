@@ -43,9 +43,22 @@ class PackedModule(nn.Module):
         """The stored tensors by name."""
         return {name: self.get_buffer(name) for name in self.spec.tensors()}
 
+    def settle(self, dtype: torch.dtype) -> None:
+        """What is done once when a checkpoint was loaded, for inputs of a dtype.
+
+        Raises:
+            CheckpointError: the stored tensors hold numbers that no encoder writes.
+        """
+        self.spec.check(self.packed())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes in memory of what a product reads."""
+        return sum(tensor.nbytes for tensor in self.packed().values())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Casting a model to another dtype must not round the scales: they are what the file says, in float16.
-        kept = self.packed()
+        kept = PackedModule.packed(self)
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = self.get_buffer(name)
@@ -57,9 +70,9 @@ class PackedModule(nn.Module):
 class SubbitLinear(PackedModule):
     """A linear with a packed weight.
 
-    On first use on the CPU, codewords are moved into the order in which the native kernels read them. They are then in
-    memory in this order only: the buffer ``codes`` is empty, and whoever asks for the stored tensors, by
-    :meth:`packed`, the state dict or a move to another device, gets them rebuilt.
+    When a checkpoint is loaded, or on first use on the CPU, codewords are moved into the order in which the native
+    kernels read them. They are then in memory in this order only: the buffer ``codes`` is empty, and whoever asks for
+    the stored tensors, by :meth:`packed`, the state dict or a move to another device, gets them rebuilt.
     """
 
     def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
@@ -73,7 +86,7 @@ class SubbitLinear(PackedModule):
         """(..., in) → (..., out), dtype of ``inputs``."""
         needs_grad = inputs.requires_grad and torch.is_grad_enabled()
         kept = self._native
-        if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self.get_buffer("codes").numel():
+        if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self._buffers["codes"].numel():  # type: ignore[union-attr]
             if choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name != "native":
                 return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
             kept = self.prepare()
@@ -89,6 +102,19 @@ class SubbitLinear(PackedModule):
                 self._buffers["codes"] = codes.new_empty(0)
             return self._native
 
+    def settle(self, dtype: torch.dtype) -> None:
+        """See :meth:`PackedModule.settle`: :meth:`prepare` where native kernels will run it, which checks as much."""
+        device = self.get_buffer("codes").device.type
+        if isinstance(self.spec, CodesSpec) and choose(self.spec, device, dtype).name == "native":
+            self.prepare()
+        else:
+            super().settle(dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes in memory of what a product reads."""
+        return super().weight_bytes if self._native is None else self._native.nbytes
+
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         tensors = super().packed()
@@ -102,7 +128,8 @@ class SubbitLinear(PackedModule):
             self._buffers["codes"], self._native = self.packed()["codes"], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self._native is not None:
+        # The order of the kernels stays through casts, and through a move to where the linear is already.
+        if self._native is not None and fn(self._native.new_empty(0)).device.type != "cpu":
             self.release()
         return super()._apply(fn, recurse)
 

@@ -1,4 +1,6 @@
-"""The native kernels of ``codes`` linears, and the operator ``subbit::linear`` that calls them (docs/kernels.md).
+"""The native kernels of ``codes`` linears, with the operator ``subbit::linear``, and of ``rows_uniform`` heads.
+
+docs/kernels.md says how they work.
 
 The extension may be missing (``SUBBIT_NATIVE=0`` when subbit was installed, or no compiler) or switched off
 (``SUBBIT_NATIVE=0`` now); then :func:`reason_missing` says so, and the torch backend runs everything.
@@ -8,16 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from subbit.binary.codebook import kept_columns
 from subbit.errors import CheckpointError, UserError
 from subbit.packing.codes import CodesSpec
+from subbit.packing.embedding import EmbeddingSpec
 
 if TYPE_CHECKING:
     from subbit.runtime import _native
@@ -35,18 +40,22 @@ __all__ = [
     "read_memory",
     "reason_missing",
     "repack",
+    "rows_linear",
     "stored_codes",
     "supports",
+    "supports_rows",
     "use",
     "variant",
     "variants",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # that the kernels read and write themselves
 # From this batch on, decoding a tile and a dense product are faster than looking every codeword up (docs/kernels.md).
 # Those that look up a vector of rows at a time are faster than a float32 product at any batch.
 DENSE_FROM = 16
 TILE_WEIGHTS = 1 << 20  # decoded at a time
+ROWS_UP_TO = 8  # vectors; for more of them a head is decoded a tile at a time
 
 
 def reason_missing() -> str | None:
@@ -59,6 +68,11 @@ def reason_missing() -> str | None:
 def supports(n: int, m: int) -> bool:
     """Whether there is a kernel for ``codes`` of N:M."""
     return m in (4, 8, 16) and 1 <= n <= min(4, m - 1)
+
+
+def supports_rows(spec: EmbeddingSpec) -> bool:
+    """Whether there is a kernel for the matrix of an embedding, for a few vectors at a time (:data:`ROWS_UP_TO`)."""
+    return spec.group_size <= 256
 
 
 def is_fast(n: int, m: int) -> bool:
@@ -175,28 +189,57 @@ def linear_cpu(
     inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, n: int, m: int, column_scales: bool
 ) -> Tensor:
     """``inputs`` (..., in) times a repacked linear, in float32, rounded to the dtype of ``inputs`` at the end."""
-    columns = inputs.shape[-1]
-    shape = shape_of(out_features, columns, n, m, column_scales)
+    shape = shape_of(out_features, inputs.shape[-1], n, m, column_scales)
     if packed.numel() != shape.bytes or packed.dtype != torch.uint8 or not packed.is_contiguous():
         raise ValueError("the packed tensor is not that of a linear of this shape: use repack()")
-    rows = inputs.reshape(-1, columns).float().contiguous()
-    batch = rows.shape[0]
-    bias = None if bias is None else bias.float().contiguous()
+    check_bias(bias, out_features)
+    if not is_fast(n, m) and inputs.numel() >= DENSE_FROM * inputs.shape[-1]:
+        return multiply_tiles(inputs, shape, packed, bias, out_features)
+
+    def run(*given: Any) -> None:
+        _native.multiply(kernels(), shape, packed.data_ptr(), *given, torch.get_num_threads())  # type: ignore[call-arg]
+
+    return call_kernel(run, inputs, bias, out_features)
+
+
+def check_bias(bias: Tensor | None, out_features: int) -> None:
+    """ValueError unless it has a number for every output."""
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"the bias is {list(bias.shape)}, not [{out_features}]")
-    output = torch.empty(batch, out_features)
-    if is_fast(n, m) or batch < DENSE_FROM:
-        threads = torch.get_num_threads()
-        _native.multiply(
-            kernels(), shape, address(packed), address(rows), batch, address(bias), address(output), threads
-        )
-    else:
-        step = max(1, TILE_WEIGHTS // columns)
-        for start in range(0, out_features, step):
-            stop = min(start + step, out_features)
-            weight = decode_rows(shape, packed, start, stop, columns)
-            part = None if bias is None else bias[start:stop]
-            output[:, start:stop] = torch.nn.functional.linear(rows, weight, part)
+
+
+def call_kernel(run: Callable[..., None], inputs: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """(..., out) in the dtype of ``inputs`` (..., in): what ``run`` makes of the arguments that all kernels take.
+
+    These are the address of the inputs, whether they are bfloat16, how many vectors they are, the address of the bias,
+    whether it is bfloat16, and the address of the outputs.
+    """
+    dtype = inputs.dtype
+    if dtype not in KERNEL_DTYPES:
+        return call_kernel(run, inputs.float(), bias, out_features).to(dtype)
+    inputs = inputs.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype in KERNEL_DTYPES else bias.float()).contiguous()
+    output = torch.empty((*inputs.shape[:-1], out_features), dtype=dtype)
+    brief_bias = bias is not None and bias.dtype is torch.bfloat16
+    batch = output.numel() // out_features
+    run(inputs.data_ptr(), dtype is torch.bfloat16, batch, address(bias), brief_bias, output.data_ptr())
+    return output
+
+
+def multiply_tiles(
+    inputs: Tensor, shape: _native.Shape, packed: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """As :func:`linear_cpu`, a tile of decoded rows at a time."""
+    columns = inputs.shape[-1]
+    rows = inputs.reshape(-1, columns).float()
+    output = torch.empty(len(rows), out_features)
+    step = max(1, TILE_WEIGHTS // columns)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        weight = decode_rows(shape, packed, start, stop, columns)
+        part = None if bias is None else bias[start:stop].float()
+        output[:, start:stop] = torch.nn.functional.linear(rows, weight, part)
     return output.view(*inputs.shape[:-1], out_features).to(inputs.dtype)
 
 
@@ -216,9 +259,45 @@ def read_memory(memory: Tensor) -> int:
     return _native.read_memory(kernels(), address(memory), memory.nbytes, torch.get_num_threads())
 
 
+def is_plain(inputs: Tensor) -> bool:
+    """Whether a kernel may be called without torch's dispatcher, which takes as long as a small product.
+
+    Not while something has to see the operator: autograd, a compiler, a tracer, a dispatch mode or functorch.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(inputs) is Tensor
+        and inputs.is_cpu
+        and not (inputs.requires_grad and torch.is_grad_enabled())
+        and not is_in_torch_dispatch_mode()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def linear(inputs: Tensor, spec: CodesSpec, packed: Tensor, bias: Tensor | None) -> Tensor:
     """``inputs`` (..., in) times a linear that :func:`repack` prepared, (..., out) in the dtype of ``inputs``."""
-    result: Tensor = torch.ops.subbit.linear(
-        inputs, packed, bias, spec.out_features, spec.n, spec.m, spec.has_column_scales
-    )
+    call = linear_cpu if is_plain(inputs) else torch.ops.subbit.linear
+    result: Tensor = call(inputs, packed, bias, spec.out_features, spec.n, spec.m, spec.has_column_scales)
     return result
+
+
+def rows_linear(inputs: Tensor, spec: EmbeddingSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``inputs`` (..., in) times the matrix of an embedding as it is stored, (..., tokens) in the dtype of ``inputs``.
+
+    Without torch's dispatcher, so :func:`is_plain` must hold.
+    """
+    if inputs.shape[-1] != spec.in_features:
+        raise ValueError(f"the inputs have {inputs.shape[-1]} columns, not {spec.in_features}")
+    for name, (shape, dtype) in spec.tensors().items():
+        if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype or not tensors[name].is_cpu:
+            raise ValueError(f"{name} of the matrix is {list(tensors[name].shape)}, not {list(shape)}")
+    check_bias(bias, spec.out_features)
+    codes, zeros, scales = (tensors[name].contiguous() for name in ("codes", "zeros", "scales"))
+    places = address(codes), address(zeros), address(scales)
+    matrix = _native.RowMatrix(*places, spec.out_features, spec.in_features, spec.bits, spec.group_size)
+
+    def run(*given: Any) -> None:
+        _native.multiply_rows(kernels(), matrix, *given, torch.get_num_threads())  # type: ignore[call-arg]
+
+    return call_kernel(run, inputs, bias, spec.out_features)

@@ -30,6 +30,11 @@ inline float largest_lane(__m256 x) {
     for (const float lane : lanes) largest = lane > largest ? lane : largest;
     return largest;
 }
+inline float sum_of_lanes(__m256 x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 
 // The 16 entries of a table, in 32 bits, as bytes of its two planes.
 template <int radix>
@@ -85,10 +90,7 @@ struct Sums {
 float build_signs(const float* x, int groups, uint8_t* tables) {
     float most = 0;
     for (int g = 0; g < groups; g++) {
-        const __m256 all = magnitude(_mm256_loadu_ps(x + 8 * g));
-        __m128 sum = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-        sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-        const float whole = _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+        const float whole = sum_of_lanes(magnitude(_mm256_loadu_ps(x + 8 * g)));
         most = whole > most ? whole : most;
     }
     const float largest = 0.5F * most, limit = kSignGrid.zero;  // no sum of a table is larger
@@ -250,8 +252,53 @@ uint64_t read_avx2(const uint8_t* bytes, size_t count) {
     return words[0] ^ words[1] ^ words[2] ^ words[3];
 }
 
+// ---- rows_uniform ----------------------------------------------------------------------------------------------------
+
+// 16 codes as 16-bit numbers, in the order of their columns.
+inline __m256i codes_of_8_bits(const uint8_t* p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256i codes_of_4_bits(const uint8_t* p) {
+    const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(15));
+    return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(15), pairs), 12));
+}
+
+// Every group has a multiple of 16 columns.
+template <int bits>
+void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
+    const int groups = matrix.groups(), size = matrix.group_size;
+    for (int i = 0; i < count; i++) {
+        const uint8_t* codes = matrix.codes + (first + i) * matrix.row_bytes();
+        const ptrdiff_t grids = static_cast<ptrdiff_t>(first + i) * groups;
+        __m256 total = _mm256_setzero_ps();
+        float zeros = 0;
+        for (int group = 0; group < groups; group++) {
+            const int16_t* x = inputs.values + group * size;
+            const int columns = group + 1 < groups ? size : matrix.columns - group * size;
+            __m256i sum = _mm256_setzero_si256();
+            fetch(codes);
+            for (int j = 0; j < columns; j += 16, codes += 2 * bits) {
+                const __m256i code = bits == 8 ? codes_of_8_bits(codes) : codes_of_4_bits(codes);
+                const __m256i q = load(reinterpret_cast<const uint8_t*>(x + j));
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(code, q));
+            }
+            const float step = from_float16(matrix.scales[grids + group]) * inputs.steps[group];
+            total = _mm256_fmadd_ps(_mm256_set1_ps(step), _mm256_cvtepi32_ps(sum), total);
+            zeros += step * static_cast<float>(matrix.zeros[grids + group]) * inputs.sums[group];
+        }
+        sums[i] = sum_of_lanes(total) - zeros;
+    }
+}
+
+void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
+    const bool whole = matrix.group_size % 16 == 0 && matrix.columns % 16 == 0;
+    const RowsKernel kernel = !whole ? add_rows : matrix.bits == 8 ? add_rows_avx2<8> : add_rows_avx2<4>;
+    kernel(matrix, inputs, first, count, sums);
+}
+
 }  // namespace
 
-const Kernels avx2_kernels{"AVX2", build_avx2, add_avx2, read_avx2};
+const Kernels avx2_kernels{"AVX2", build_avx2, add_avx2, read_avx2, rows_avx2};
 
 }  // namespace subbit

@@ -69,11 +69,25 @@ NB_MODULE(_native, module) {
         const nb::gil_scoped_release release;
         decode(shape, pointer<uint8_t>(buffer), first_row, rows, pointer<float>(weights));
     });
-    module.def("multiply", [](const Kernels& kernels, const Shape& shape, uintptr_t buffer, uintptr_t inputs, int batch,
-                              uintptr_t bias, uintptr_t outputs, int threads) {
+    module.def("multiply", [](const Kernels& kernels, const Shape& shape, uintptr_t buffer, uintptr_t inputs,
+                              bool bfloat16, int batch, uintptr_t bias, bool bfloat16_bias, uintptr_t outputs,
+                              int threads) {
         const nb::gil_scoped_release release;
-        multiply(kernels, shape, pointer<uint8_t>(buffer), pointer<float>(inputs), batch, pointer<float>(bias),
-                 pointer<float>(outputs), threads);
+        multiply(kernels, shape, pointer<uint8_t>(buffer), {pointer<void>(inputs), bfloat16}, batch,
+                 {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
+    });
+    nb::class_<RowMatrix>(module, "RowMatrix")
+        .def("__init__",
+             [](RowMatrix* matrix, uintptr_t codes, uintptr_t zeros, uintptr_t scales, int rows, int columns, int bits,
+                int group_size) {
+                 new (matrix) RowMatrix{pointer<uint8_t>(codes), pointer<uint8_t>(zeros), pointer<uint16_t>(scales),
+                                        rows, columns, bits, group_size};
+             });
+    module.def("multiply_rows", [](const Kernels& kernels, const RowMatrix& matrix, uintptr_t inputs, bool bfloat16,
+                                   int batch, uintptr_t bias, bool bfloat16_bias, uintptr_t outputs, int threads) {
+        const nb::gil_scoped_release release;
+        multiply_rows(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch, {pointer<void>(bias), bfloat16_bias},
+                      pointer<void>(outputs), threads);
     });
     module.def("read_memory", [](const Kernels& kernels, uintptr_t bytes, size_t count, int threads) {
         const nb::gil_scoped_release release;

@@ -15,8 +15,8 @@
 namespace subbit {
 namespace {
 
-constexpr uint16_t kInvalid = 0xFFFF;
 constexpr size_t kTableBudget = 256 * 1024;  // of one thread: about half of a second-level cache
+constexpr size_t kWorkOfThread = 48 * 1024;  // bytes of codes, times inputs, that are worth waking another thread for
 constexpr size_t kPadding = 8;               // bytes after generic codewords, which are read four at a time
 
 size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -84,17 +84,22 @@ uint16_t code_of_signs(const Symbols& word, int n) {
 
 // Per N:M: the symbols and the kernel's code of every codeword, and codewords by code.
 struct Book {
+    unsigned count;  // codewords there are; `symbols` and `code` have an entry for every number of their width
     std::vector<Symbols> symbols;
     std::vector<uint16_t> code, word;
 
-    Book(int n, int m, Layout layout) : symbols(list_codewords(n, m)) {
-        for (const Symbols& of_word : symbols) {
-            code.push_back(layout == Layout::generic ? static_cast<uint16_t>(code.size())
-                           : has_symbols(layout)     ? code_of_symbols(of_word, n, m)
-                                                     : code_of_signs(of_word, n));
-        }
+    explicit Book(const Shape& shape) : symbols(list_codewords(shape.n, shape.m)) {
+        count = static_cast<unsigned>(symbols.size());
         word.resize(1U << 16);
-        for (size_t i = 0; i < code.size(); i++) word[code[i]] = static_cast<uint16_t>(i);
+        for (unsigned i = 0; i < count; i++) {
+            const Layout layout = shape.layout();
+            code.push_back(layout == Layout::generic ? static_cast<uint16_t>(i)
+                           : has_symbols(layout)     ? code_of_symbols(symbols[i], shape.n, shape.m)
+                                                     : code_of_signs(symbols[i], shape.n));
+            word[code[i]] = static_cast<uint16_t>(i);
+        }
+        symbols.resize(size_t{1} << shape.width());
+        code.resize(symbols.size());
     }
 };
 
@@ -103,59 +108,103 @@ const Book& book_of(const Shape& shape) {
     static std::map<std::pair<int, int>, std::unique_ptr<Book>> books;
     const std::lock_guard<std::mutex> guard(mutex);
     std::unique_ptr<Book>& book = books[{shape.n, shape.m}];
-    if (!book) book = std::make_unique<Book>(shape.n, shape.m, shape.layout());
+    if (!book) book = std::make_unique<Book>(shape);
     return *book;
 }
 
-// Codeword `index` of a row of the file; reads no byte beyond `bytes`.
-unsigned read_codeword(const uint8_t* row, size_t bytes, int index, int width) {
-    const size_t bit = static_cast<size_t>(index) * static_cast<size_t>(width), first = bit / 8;
-    unsigned word = 0;
-    for (size_t i = 0; i < 4 && first + i < bytes; i++) word |= static_cast<unsigned>(row[first + i]) << 8 * i;
-    return word >> bit % 8 & ((1U << width) - 1);
+// ---- a row of the file and of a tile ---------------------------------------------------------------------------------
+
+// The codewords of a row of the file; reads no byte beyond `bytes`.
+void read_row(const uint8_t* row, size_t bytes, int count, int width, uint16_t* words) {
+    const unsigned mask = (1U << width) - 1;
+    size_t bit = 0;
+    int index = 0;
+    for (; index < count && bit / 8 + 4 <= bytes; index++, bit += static_cast<size_t>(width)) {
+        uint32_t four;
+        std::memcpy(&four, row + bit / 8, 4);
+        words[index] = static_cast<uint16_t>(four >> bit % 8 & mask);
+    }
+    for (; index < count; index++, bit += static_cast<size_t>(width)) {
+        unsigned rest = 0;
+        for (size_t i = 0; bit / 8 + i < bytes; i++) rest |= static_cast<unsigned>(row[bit / 8 + i]) << 8 * i;
+        words[index] = static_cast<uint16_t>(rest >> bit % 8 & mask);
+    }
 }
 
-// Codeword `index` of a row: where its code is within the tile.
-struct Place {
-    Layout layout;
-    ptrdiff_t unit;
-    int row, group, slot, shift;  // group of the unit; slot and column shift of 1:4, the second in its 8 columns
-
-    Place(const Shape& shape, int in_tile, int index) : layout(shape.layout()), row(in_tile) {
-        const int whole = index * shape.m / 8, multiple = group_multiple(layout);
-        unit = static_cast<ptrdiff_t>(whole / multiple) * unit_bytes(layout);
-        group = whole % multiple;
-        slot = shape.m == 4 ? index % 2 : 0;
-        shift = whole % 2 * 4;
-    }
-
-    template <class Visit>  // (byte, bits from, bits in it, bits of the code from)
-    void each(int n, Visit visit) const {
-        if (has_symbols(layout)) {
-            for (int i = 0; i < n; i++) visit(unit + symbol_at(layout, row, slot + i), shift, 4, 4 * i);
-        } else {
-            visit(unit + t_at(row, group), 0, 8, 0);
-            visit(unit + s_at(row, group), shift, 4, 8);
-            if (layout == Layout::quad) visit(unit + negative_at(row), 7 - group, 1, 12);
+// The inverse; the bytes of the row are zero.
+void write_row(uint8_t* row, int count, int width, const uint16_t* words) {
+    size_t bit = 0;
+    for (int index = 0; index < count; index++, bit += static_cast<size_t>(width)) {
+        unsigned shifted = static_cast<unsigned>(words[index]) << bit % 8;
+        for (uint8_t* byte = row + bit / 8; shifted; byte++, shifted >>= 8) {
+            *byte = static_cast<uint8_t>(*byte | (shifted & 255));
         }
     }
-};
-
-void put_code(const Shape& shape, uint8_t* tile, int row, int index, unsigned code) {
-    const Place place(shape, row, index);
-    if (shape.m == 4) code += 4 * static_cast<unsigned>(place.slot);
-    place.each(shape.n, [&](ptrdiff_t byte, int from, int bits, int first) {
-        tile[byte] = static_cast<uint8_t>(tile[byte] | (code >> first & ((1U << bits) - 1)) << from);
-    });
 }
 
-unsigned get_code(const Shape& shape, const uint8_t* tile, int row, int index) {
-    const Place place(shape, row, index);
-    unsigned code = 0;
-    place.each(shape.n, [&](ptrdiff_t byte, int from, int bits, int first) {
-        code |= (static_cast<unsigned>(tile[byte]) >> from & ((1U << bits) - 1)) << first;
-    });
-    return shape.m == 4 ? code - 4 * static_cast<unsigned>(place.slot) : code;
+// Codes of codewords, one for every 8 columns: 1:4 has two codewords there, the second one 4 columns to the right.
+// `codes` is zeroed and holds shape.groups().
+void codes_of(const Shape& shape, const Book& book, const uint16_t* words, uint16_t* codes) {
+    const int count = shape.codewords();
+    if (shape.m == 8) {
+        for (int i = 0; i < count; i++) codes[i] = book.code[words[i]];
+        return;
+    }
+    for (int i = 0; i < count; i += 2) {
+        // Half of a last group: its second symbol is a column that is not there, and zero.
+        const int second = i + 1 < count ? book.code[words[i + 1]] : 0;
+        codes[i / 2] = static_cast<uint16_t>(book.code[words[i]] | (second + 4) << 4);
+    }
+}
+
+// The inverse.
+void words_of(const Shape& shape, const Book& book, const uint16_t* codes, uint16_t* words) {
+    for (int i = 0; i < shape.codewords(); i++) {
+        words[i] = shape.m == 8 ? book.word[codes[i]]
+                   : i % 2      ? book.word[(codes[i / 2] >> 4) - 4]
+                                : book.word[codes[i / 2] & 15];
+    }
+}
+
+// The codes of a row, one for every group of 8 columns, into a tile that is zero there.
+void put_row(const Shape& shape, uint8_t* tile, int row, const uint16_t* codes) {
+    const Layout layout = shape.layout();
+    const int groups = shape.groups(), places = entries(layout), multiple = group_multiple(layout);
+    for (int unit = 0; unit < groups; unit += multiple, codes += multiple, tile += unit_bytes(layout)) {
+        if (has_symbols(layout)) {
+            for (int i = 0; i < places; i++) {
+                const int low = codes[0] >> 4 * i & 15, high = codes[1] >> 4 * i & 15;
+                tile[symbol_at(layout, row, i)] = static_cast<uint8_t>(low | high << 4);
+            }
+            continue;
+        }
+        int negative = 0;
+        for (int j = 0; j < 8; j++) {
+            tile[t_at(row, j)] = static_cast<uint8_t>(codes[j] & 255);
+            if (j % 2) tile[s_at(row, j)] = static_cast<uint8_t>((codes[j - 1] >> 8 & 15) | (codes[j] >> 8 & 15) << 4);
+            negative |= (codes[j] >> 12 & 1) << (7 - j);
+        }
+        if (layout == Layout::quad) tile[negative_at(row)] = static_cast<uint8_t>(negative);
+    }
+}
+
+// The inverse.
+void get_row(const Shape& shape, const uint8_t* tile, int row, uint16_t* codes) {
+    const Layout layout = shape.layout();
+    const int groups = shape.groups(), places = entries(layout), multiple = group_multiple(layout);
+    for (int unit = 0; unit < groups; unit += multiple, codes += multiple, tile += unit_bytes(layout)) {
+        for (int j = 0; j < multiple; j++) {
+            const int shift = j % 2 * 4;
+            int code = 0;
+            if (has_symbols(layout)) {
+                for (int i = 0; i < places; i++) code |= (tile[symbol_at(layout, row, i)] >> shift & 15) << 4 * i;
+            } else {
+                code = tile[t_at(row, j)] | (tile[s_at(row, j)] >> shift & 15) << 8;
+                if (layout == Layout::quad) code |= (tile[negative_at(row)] >> (7 - j) & 1) << 12;
+            }
+            codes[j] = static_cast<uint16_t>(code);
+        }
+    }
 }
 
 const float* row_scales_of(const Shape& shape, const uint8_t* buffer) {
@@ -170,32 +219,32 @@ struct Product {
     const Kernels& kernels;
     const Shape& shape;
     const uint8_t* buffer;
-    const float* inputs;
+    Numbers inputs;
     int batch;
-    const float* bias;
-    float* outputs;
+    Numbers bias;
+    void* outputs;
     int together;       // inputs whose tables a thread holds at a time
     int tiles_at_once;  // that a thread takes from the counter
     std::vector<std::atomic<int>> next;  // tile, for every `together` inputs
 
     void run();
     void run_generic();
-    void finish(int tile, int input, const float* sums);
+    void finish(int tile, int input, float* sums);
 };
 
 // Row scales, bias, and only rows that exist.
-void Product::finish(int tile, int input, const float* sums) {
-    const float* scales = row_scales_of(shape, buffer);
+void Product::finish(int tile, int input, float* sums) {
     const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
-    float* out = outputs + static_cast<ptrdiff_t>(input) * shape.rows + first;
-    for (int i = 0; i < rows; i++) out[i] = scales[first + i] * sums[i] + (bias ? bias[first + i] : 0.0F);
+    const float* scales = row_scales_of(shape, buffer) + first;
+    for (int i = 0; i < rows; i++) sums[i] *= scales[i];
+    store(outputs, inputs.bfloat16, static_cast<ptrdiff_t>(input) * shape.rows + first, rows, sums, bias, first);
 }
 
 // The inputs of one vector, times the column scales, padded with zeros to `count`.
 void scaled_inputs(const Product& p, int input, int count, float* values) {
-    const float* x = p.inputs + static_cast<ptrdiff_t>(input) * p.shape.columns;
     const float* c = column_scales_of(p.shape, p.buffer);
-    for (int j = 0; j < p.shape.columns; j++) values[j] = c ? c[j] * x[j] : x[j];
+    p.inputs.copy(static_cast<ptrdiff_t>(input) * p.shape.columns, p.shape.columns, values);
+    for (int j = 0; c && j < p.shape.columns; j++) values[j] *= c[j];
     std::fill(values + p.shape.columns, values + count, 0.0F);
 }
 
@@ -323,21 +372,19 @@ struct Repacking {
 };
 
 void Repacking::run() {
-    const Layout layout = shape.layout();
     const size_t row_bytes = shape.file_row_bytes();
-    const int groups = shape.codewords(), width = shape.width();
+    const int count = shape.codewords();
+    std::vector<uint16_t> words(static_cast<size_t>(count)), of_groups(static_cast<size_t>(shape.groups()));
     for (int tile; (tile = next.fetch_add(1)) < shape.tiles();) {
         const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
         uint8_t* out = buffer + static_cast<size_t>(tile) * shape.tile_bytes();
         for (int row = 0; row < rows; row++) {
-            const uint8_t* source = codes + static_cast<size_t>(first + row) * row_bytes;
-            for (int group = 0; group < groups; group++) {
-                const unsigned word = read_codeword(source, row_bytes, group, width);
-                if (word >= book.code.size()) return wrong.store(word);
-                if (layout != Layout::generic) put_code(shape, out, row, group, book.code[word]);
-            }
-            // Half of a last group of 8 columns: its second symbol is a column that is not there, and zero.
-            if (shape.m == 4 && shape.codewords() % 2) put_code(shape, out, row, shape.codewords(), 0);
+            read_row(codes + static_cast<size_t>(first + row) * row_bytes, row_bytes, count, shape.width(), words.data());
+            const unsigned largest = *std::max_element(words.begin(), words.end());
+            if (largest >= book.count) return wrong.store(largest);
+            if (shape.layout() == Layout::generic) continue;
+            codes_of(shape, book, words.data(), of_groups.data());
+            put_row(shape, out, row, of_groups.data());
         }
     }
 }
@@ -358,41 +405,50 @@ int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales
 
 namespace {
 
-unsigned codeword_at(const Shape& shape, const Book& book, const uint8_t* buffer, int row, int group) {
-    const Layout layout = shape.layout();
-    if (layout == Layout::generic) {
-        const size_t row_bytes = shape.file_row_bytes();
-        return read_codeword(buffer + static_cast<size_t>(row) * row_bytes, row_bytes, group, shape.width());
+// Reads the codewords of a linear in kernel order, a row at a time.
+struct Reader {
+    const Shape& shape;
+    const Book& book;
+    const uint8_t* buffer;
+    std::vector<uint16_t> words, codes;
+
+    Reader(const Shape& s, const uint8_t* b)
+        : shape(s),
+          book(book_of(s)),
+          buffer(b),
+          words(static_cast<size_t>(s.codewords())),
+          codes(static_cast<size_t>(s.groups())) {}
+
+    void read(int row) {
+        if (shape.layout() == Layout::generic) {
+            const size_t bytes = shape.file_row_bytes();
+            const uint8_t* source = buffer + static_cast<size_t>(row) * bytes;
+            return read_row(source, bytes, shape.codewords(), shape.width(), words.data());
+        }
+        get_row(shape, buffer + static_cast<size_t>(row / kTileRows) * shape.tile_bytes(), row % kTileRows, codes.data());
+        words_of(shape, book, codes.data(), words.data());
     }
-    const uint8_t* tile = buffer + static_cast<size_t>(row / kTileRows) * shape.tile_bytes();
-    return book.word[get_code(shape, tile, row % kTileRows, group)];
-}
+};
 
 }  // namespace
 
 void unpack(const Shape& shape, const uint8_t* buffer, uint8_t* codes) {
-    const Book& book = book_of(shape);
-    const int width = shape.width();
-    for (int row = 0; row < shape.rows; row++) {
-        uint8_t* out = codes + static_cast<size_t>(row) * shape.file_row_bytes();
-        for (int group = 0; group < shape.codewords(); group++) {
-            const unsigned word = codeword_at(shape, book, buffer, row, group);
-            for (int bit = 0; bit < width; bit++) {
-                const int at = group * width + bit;
-                out[at / 8] = static_cast<uint8_t>(out[at / 8] | (word >> bit & 1) << at % 8);
-            }
-        }
+    Reader reader(shape, buffer);
+    for (int row = 0; row < shape.rows; row++, codes += shape.file_row_bytes()) {
+        reader.read(row);
+        write_row(codes, shape.codewords(), shape.width(), reader.words.data());
     }
 }
 
 void decode(const Shape& shape, const uint8_t* buffer, int first_row, int rows, float* weights) {
-    const Book& book = book_of(shape);
+    Reader reader(shape, buffer);
     const float* r = row_scales_of(shape, buffer);
     const float* c = column_scales_of(shape, buffer);
     std::fill_n(weights, static_cast<ptrdiff_t>(rows) * shape.columns, 0.0F);
     for (int row = first_row; row < first_row + rows; row++, weights += shape.columns) {
+        reader.read(row);
         for (int group = 0; group < shape.codewords(); group++) {
-            const Symbols& symbols = book.symbols[codeword_at(shape, book, buffer, row, group)];
+            const Symbols& symbols = reader.book.symbols[reader.words[static_cast<size_t>(group)]];
             for (int k = 0; k < shape.n; k++) {
                 const int symbol = symbols[static_cast<size_t>(k)], column = group * shape.m + symbol % shape.m;
                 const float scale = c ? r[row] * c[column] : r[row];
@@ -402,16 +458,18 @@ void decode(const Shape& shape, const uint8_t* buffer, int first_row, int rows, 
     }
 }
 
-void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer, const float* inputs, int batch,
-              const float* bias, float* outputs, int threads) {
+void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer, Numbers inputs, int batch,
+              Numbers bias, void* outputs, int threads) {
     if (batch == 0) return;
     const bool generic = shape.layout() == Layout::generic;
     const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(table_bytes(shape.layout()));
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
+    const auto work = shape.scales_offset() * static_cast<size_t>(batch) / kWorkOfThread;
+    threads = std::min({threads, shape.tiles(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
     const int at_once = std::clamp(shape.tiles() / (4 * threads), 1, 16);
     Product product{kernels, shape,    buffer,  inputs, batch, bias,
                     outputs, together, at_once, std::vector<std::atomic<int>>(static_cast<size_t>((batch + together - 1) / together))};
-    on_team(std::min(threads, shape.tiles()),
+    on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Product*>(data);
                 shared.shape.layout() == Layout::generic ? shared.run_generic() : shared.run();

@@ -8,6 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numbers.hpp"
+#include "rows.hpp"
+
 namespace subbit {
 
 // A symbol is one kept weight of a group of 8: its column, plus 8 if it is positive.
@@ -82,6 +85,7 @@ struct Kernels {
     void (*add)(Layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums);
     // Read memory and do nothing with it, 64 bytes at a time: the bound of any kernel, for benchmarks.
     uint64_t (*read)(const uint8_t* bytes, size_t count);
+    RowsKernel rows;
 };
 
 extern const Kernels portable_kernels;
@@ -116,9 +120,10 @@ void unpack(const Shape& shape, const uint8_t* buffer, uint8_t* codes);
 // Some rows as dense float32 weights, row scales and column scales included.
 void decode(const Shape& shape, const uint8_t* buffer, int first_row, int rows, float* weights);
 
-// outputs (batch x rows) = inputs (batch x columns) times the weights, plus bias unless it is null.
-void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer, const float* inputs, int batch,
-              const float* bias, float* outputs, int threads);
+// outputs (batch x rows) = inputs (batch x columns) times the weights, plus bias unless it is null; outputs have the
+// dtype of the inputs.
+void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer, Numbers inputs, int batch,
+              Numbers bias, void* outputs, int threads);
 
 // Read `count` bytes on all threads, for benchmarks; returns their exclusive or.
 uint64_t read_memory(const Kernels& kernels, const uint8_t* bytes, size_t count, int threads);
