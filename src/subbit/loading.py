@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
-from subbit.evaluation.perplexity import Perplexity, evaluate_perplexity
+from subbit.errors import CheckpointError
+from subbit.evaluation.perplexity import Perplexity
 from subbit.integrations.transformers import register
-from subbit.models.source import open_source
+from subbit.models.source import ModelSource, open_source
 from subbit.packing.accounting import BitCount, LinearCount
 from subbit.packing.spec import LinearSpec
-from subbit.progress import Progress, SilentProgress
+from subbit.progress import Progress
 from subbit.runtime.dispatch import choose
 
 __all__ = ["evaluate", "inspect", "load"]
@@ -38,21 +40,56 @@ def load(
     """
     register()
     open_checkpoint(directory)  # its errors are clearer than those of transformers
+    tokenizer = read_tokenizer(directory, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     return model.to(device).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A compressed checkpoint or a dense model of which only headers have been read."""
+
+    path: str | Path
+    source: ModelSource | None  # None: compressed
+    trust_remote_code: bool
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """UserError when it is missing or damaged."""
+        return self.source.tokenizer() if self.source else read_tokenizer(self.path, self.trust_remote_code)
+
+    def load(self, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in eval mode, and its tokenizer."""
+        if self.source is None:
+            return load(self.path, dtype, device, self.trust_remote_code)
+        tokenizer = self.source.tokenizer()
+        return self.source.load_model(dtype).to(device), tokenizer
+
+
+def open_any(model: str | Path, trust_remote_code: bool = False) -> OpenedModel:
+    """Find out what a model is; UserError for one that is missing, unfinished, damaged or no language model."""
+    if is_compressed(Path(model)) or (Path(model) / ".subbit").is_dir():
+        open_checkpoint(model)
+        return OpenedModel(model, None, trust_remote_code)
+    return OpenedModel(model, open_source(model, trust_remote_code), trust_remote_code)
 
 
 def load_any(
     model: str | Path, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A compressed checkpoint or a dense model, for evaluation and generation."""
-    path = Path(model)
-    if is_compressed(path) or (path / ".subbit").is_dir():
-        return load(path, dtype, device, trust_remote_code)
-    source = open_source(model, trust_remote_code)
-    tokenizer = source.tokenizer()
-    return source.load_model(dtype).to(device), tokenizer
+    return open_any(model, trust_remote_code).load(dtype, device)
+
+
+def read_tokenizer(directory: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a compressed checkpoint; CheckpointError when it is missing or damaged."""
+    hint = "copy the tokenizer files of the source model there"
+    if not (Path(directory) / "tokenizer_config.json").exists():  # transformers would make one up
+        raise CheckpointError(f"{directory} has no tokenizer_config.json; {hint}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise anything here, down to bare Exception
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        raise CheckpointError(f"cannot read the tokenizer in {directory} ({reason}); {hint}") from error
 
 
 def evaluate(
@@ -73,15 +110,11 @@ def evaluate(
         seq_len: tokens of a window; windows do not overlap, as in GPTQ's evaluation.
         max_windows: only so many windows from the start of the text.
     """
-    progress = progress or SilentProgress()
-    loaded, tokenizer = load_any(model, dtype, device, trust_remote_code)
-    results = {}
-    for dataset in perplexity:
-        with progress.stage(f"perplexity on {dataset}") as report:
-            results[dataset] = evaluate_perplexity(
-                loaded, tokenizer, dataset, split=split, seq_len=seq_len, max_windows=max_windows, progress=report
-            )
-    return results
+    from subbit.evaluation.suite import evaluate_all  # it imports this module
+
+    settings: dict[str, Any] = {"split": split, "seq_len": seq_len, "max_windows": max_windows, "dtype": dtype}
+    settings |= {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+    return dict(evaluate_all(model, perplexity, **settings).perplexity)
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
@@ -96,7 +129,11 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         ``layers``: the decoder layers, each with its ``linears``. ``left_dense``: linears not compressed, and why; they
         count in all bits. ``backends``: what multiplies with linears of every N:M on the CPU, and why.
     """
-    checkpoint = open_checkpoint(directory)
+    return describe_checkpoint(open_checkpoint(directory))
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What :func:`inspect` returns."""
     linears = count_linears(checkpoint)
     tensor_bytes = sum(tensor.bytes for tensor in checkpoint.tensors.values())
     embeddings = count_embeddings(checkpoint)
@@ -106,7 +143,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     total = BitCount.of(list(linears.values()), parameters, checkpoint.file_bytes)
     quantization = checkpoint.config["quantization_config"]
     return {
-        "directory": str(directory),
+        "directory": str(checkpoint.directory),
         "method": quantization["method"],
         "sparsity": quantization["sparsity"],
         "calibration": checkpoint.manifest.get("calibration"),
@@ -190,6 +227,7 @@ def describe_layers(checkpoint: Checkpoint, linears: dict[str, LinearCount]) -> 
         name: linear["error"]
         for layer in checkpoint.manifest.get("layers", [])
         for name, linear in layer["linears"].items()
+        if "error" in linear  # distillation drops it
     }
     grouped: dict[str, list[str]] = {}
     for name in linears:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.calibration.text import Progress, check_context, eval_mode, load_text, tokenize
 from subbit.errors import UserError
+from subbit.runtime.dispatch import choose
+from subbit.runtime.linear import SubbitLinear
 
-__all__ = ["Perplexity", "evaluate_perplexity", "perplexity"]
+__all__ = [
+    "Observer",
+    "Perplexity",
+    "backend_of",
+    "evaluate_perplexity",
+    "mean_with_error",
+    "perplexity",
+    "split_windows",
+]
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called with a window [seq_len] int64 and the logits [seq_len - 1, vocabulary] of its predictions."""
 
 # Positions a log-softmax: float32 scratch is this times the vocabulary, not the whole window times it.
 _CHUNK = 128
@@ -26,7 +41,8 @@ class Perplexity:
     """A perplexity with everything needed to read and to repeat it.
 
     standard_error is of `value` (delta method, windows as independent samples), None for a single window.
-    nll is in nats a token; tokens counts predicted tokens; seconds is wall time of the forward passes.
+    nll is in nats a token; tokens counts predicted tokens; stride is the distance of two windows' starts; backend says
+    what multiplies with the linears; seconds is wall time of the forward passes.
     """
 
     dataset: str
@@ -38,7 +54,9 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    stride: int
     dtype: str
+    backend: str
     seconds: float
 
     @property
@@ -62,29 +80,35 @@ def perplexity(
     origin: str,
     seq_len: int = 2048,
     max_windows: int | None = None,
+    observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """exp of the mean NLL over non-overlapping windows, each forward pass one window.
 
     token_ids: [tokens] integer; a window of seq_len tokens predicts its last seq_len - 1; a remainder shorter than
-    a window is left out. max_windows: take the first so many. progress: (windows done, windows in all).
+    a window is left out. max_windows: take the first so many. observe: sees all logits, a window at a time.
+    progress: (windows done, windows in all).
     Raises UserError for a text or a context too short, ids beyond the vocabulary, or NaN logits.
     """
-    windows = _windows(model, token_ids, seq_len, max_windows)
-    started = time.perf_counter()
+    windows = split_windows(model, token_ids, seq_len, max_windows)
+    seconds = 0.0
     nlls: list[float] = []
     with eval_mode(model), torch.inference_mode():
         for number, window in enumerate(windows, start=1):
-            nll = _window_nll(model, window.to(model.device))
+            started = time.perf_counter()
+            logits = model(input_ids=window.to(model.device).unsqueeze(0), use_cache=False).logits[0, :-1]
+            nll = _window_nll(logits, window)
+            seconds += time.perf_counter() - started
             if not math.isfinite(nll):
                 raise UserError(
                     f"window {number} of {len(windows)} of {dataset} {split}: the model gives NaN or infinite logits: "
                     "check the checkpoint, or evaluate in float32"
                 )
             nlls.append(nll)
+            if observe is not None:
+                observe(window, logits)
             if progress is not None:
                 progress(number, len(windows))
-    seconds = time.perf_counter() - started
     value, standard_error = _summary(nlls)
     return Perplexity(
         dataset=dataset,
@@ -96,7 +120,9 @@ def perplexity(
         tokens=len(nlls) * (seq_len - 1),
         windows=len(nlls),
         seq_len=seq_len,
+        stride=seq_len,
         dtype=str(model.dtype).removeprefix("torch."),
+        backend=backend_of(model),
         seconds=seconds,
     )
 
@@ -109,6 +135,7 @@ def evaluate_perplexity(
     split: str = "test",
     seq_len: int = 2048,
     max_windows: int | None = None,
+    observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """`perplexity` of a named data set or a local file (see `load_text`). Raises UserError as both do."""
@@ -121,12 +148,20 @@ def evaluate_perplexity(
         origin=text.origin,
         seq_len=seq_len,
         max_windows=max_windows,
+        observe=observe,
         progress=progress,
     )
 
 
-def _windows(model: PreTrainedModel, token_ids: Tensor, seq_len: int, max_windows: int | None) -> Tensor:
-    """[windows, seq_len] int64 after every check that needs no forward pass."""
+def backend_of(model: PreTrainedModel) -> str:
+    """What multiplies with a model's linears: "dense (torch)", "native (avx2)", "torch (no native kernel for …)"."""
+    specs = (module.spec for module in model.modules() if isinstance(module, SubbitLinear))
+    used = Counter(str(choose(spec, model.device.type, model.dtype)) for spec in specs)
+    return " + ".join(name for name, _ in used.most_common()) or "dense (torch)"
+
+
+def split_windows(model: PreTrainedModel, token_ids: Tensor, seq_len: int, max_windows: int | None) -> Tensor:
+    """[windows, seq_len] int64 after every check that needs no forward pass; the model may be on the meta device."""
     if seq_len < 2:
         raise UserError(f"sequence length {seq_len}: a window predicts its second token onwards, give 2 or more")
     check_context(model, seq_len)
@@ -148,9 +183,8 @@ def _windows(model: PreTrainedModel, token_ids: Tensor, seq_len: int, max_window
     return token_ids[: count * seq_len].to(torch.int64).view(count, seq_len)
 
 
-def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
-    """Mean NLL in nats of the seq_len - 1 predictions in a window [seq_len]."""
-    logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
+def _window_nll(logits: Tensor, window: Tensor) -> float:
+    """Mean NLL in nats of the seq_len - 1 predictions in a window [seq_len], from their logits [seq_len - 1, vocab]."""
     targets = window[1:].to(logits.device)
     total = torch.zeros((), dtype=torch.float64)
     for first in range(0, targets.numel(), _CHUNK):
@@ -162,7 +196,12 @@ def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
 
 def _summary(nlls: list[float]) -> tuple[float, float | None]:
     """Perplexity and its standard error from the window means."""
-    value = float(torch.tensor(statistics.fmean(nlls), dtype=torch.float64).exp())  # inf where math.exp would raise
-    if len(nlls) == 1 or not math.isfinite(value):
-        return value, None
-    return value, value * statistics.stdev(nlls) / math.sqrt(len(nlls))
+    mean, error = mean_with_error(nlls)
+    value = float(torch.tensor(mean, dtype=torch.float64).exp())  # inf where math.exp would raise
+    return value, value * error if error is not None and math.isfinite(value) else None
+
+
+def mean_with_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean of window means and its standard error, the windows as independent samples; no error for a single one."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error

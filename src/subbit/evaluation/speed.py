@@ -13,7 +13,7 @@ from subbit.calibration.text import check_context, eval_mode, tokenize
 from subbit.errors import UserError
 from subbit.models.decoding import decode_step
 
-__all__ = ["Speed", "decode_speed"]
+__all__ = ["Speed", "decode_speed", "random_prompt", "token_speed"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,17 @@ def decode_speed(
     new_tokens: single-token passes that are timed; an end-of-text token does not stop them, so runs compare.
     Raises UserError for an empty prompt, new_tokens below 1, or more tokens than the model's context.
     """
-    ids = tokenize(tokenizer, prompt)
+    return token_speed(model, tokenize(tokenizer, prompt), new_tokens)
+
+
+def random_prompt(model: PreTrainedModel, tokens: int) -> Tensor:
+    """[tokens] int64, any tokens, the same in every run: what they say does not change the speed."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+
+
+def token_speed(model: PreTrainedModel, ids: Tensor, new_tokens: int = 32) -> Speed:
+    """As :func:`decode_speed`, of a prompt ids [tokens] int64."""
     _check(model, ids.numel(), new_tokens)
     ids = ids.unsqueeze(0).to(model.device)
     with eval_mode(model), torch.inference_mode():

@@ -1,0 +1,211 @@
+"""`subbit bench`: a process for every measurement, medians, one line for every mistake, and what it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+
+import subbit
+from subbit import Recipe, UserError
+from subbit.checkpoint.reader import open_checkpoint
+from subbit.cli import main
+from subbit.evaluation import bench as module
+from subbit.evaluation.bench import Contender, Job, Round, bench, dense_model, run_rounds, summarize
+from subbit.evaluation.bench_worker import bytes_read
+from subbit.progress import SilentProgress
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2:8 `codes` checkpoint with an untied head."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
+    recipe = {"method": "codes", "sparsity": "2:8", "calibration": calibration, "embeddings": "8bit"}
+    subbit.compress(tiny("llama-mha"), Recipe.create(recipe), out)
+    return out
+
+
+def a_round(**changes: Any) -> Round:
+    """Some numbers."""
+    numbers = dict.fromkeys(("peak_bytes", "resident_bytes", "model_bytes", "bytes_per_token"), 1000)
+    return dataclasses.replace(Round(10.0, 5.0, 1.0, **numbers, dtype="float32", environment={}), **changes)
+
+
+def test_one_run(packed: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, with processes and all."""
+    options = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1", "--threads", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", ["subbit", "bench", str(packed), "--dense", str(tiny("llama-mha")), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    result = json.loads(capsys.readouterr().out)
+    models = {model["name"]: model for model in result["models"]}
+    assert list(models) == ["dense float32", "dense bfloat16", "packed codes 2:8"]
+    for model in models.values():
+        assert model["prompt_tokens_per_second"] > 0
+        assert model["decode_tokens_per_second"] > 0
+        assert model["load_seconds"] > 0
+        assert model["peak_bytes"] >= model["resident_bytes"] > model["model_bytes"]
+    assert [model["dtype"] for model in models.values()] == ["float32", "bfloat16", "float32"]
+    assert models["dense float32"]["bytes_per_token"] == 2 * models["dense bfloat16"]["bytes_per_token"]
+    assert models["packed codes 2:8"]["bytes_per_token"] < models["dense bfloat16"]["bytes_per_token"]
+    assert models["packed codes 2:8"]["file_bytes"] == subbit.inspect(packed)["file_bytes"]
+    assert result["environment"]["machine"]["threads"] == 1
+
+
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails is not run again, the others are."""
+    ran: list[str] = []
+
+    def run(job: Job) -> Round | str:
+        ran.append(job.path)
+        return "killed" if job.path == "b" and len(ran) > 3 else a_round(decode_tokens_per_second=float(len(ran)))
+
+    monkeypatch.setattr(module, "run_worker", run)
+    contenders = [Contender(name, name, "float32", 1) for name in "abc"]
+    found = run_rounds(contenders, Job("", None, 1, 1, None), 3, SilentProgress())
+    assert "".join(ran) == "abcabcac"
+    assert summarize(contenders[0], found[contenders[0]]).decode_tokens_per_second == 4  # the median of 1, 4, 7
+    failed = summarize(contenders[1], found[contenders[1]])
+    assert failed.error == "killed"
+    assert failed.decode_tokens_per_second is None
+
+
+def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the system for its memory, or by itself."""
+    script = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(script))
+    for command, said in {
+        "kill -9 $$": "killed by SIGKILL (out of memory?)",
+        "exit 3": "ended with exit code 3",
+    }.items():
+        script.write_text(f"#!/bin/sh\nread line\n{command}\n")
+        script.chmod(0o755)
+        error = module.run_worker(Job("x", None, 1, 1, None))
+        assert isinstance(error, str)
+        assert said in error
+
+
+def test_without_a_dense_model(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "run_worker", lambda job: a_round(decode_tokens_per_second=7.0))
+    result = bench(packed)
+    assert [model.name for model in result.models] == ["packed codes 2:8"]
+    assert "--dense" in result.notes[0]
+    table = module.bench_table(result)
+    assert table.row_count == len(module.ROWS) + 1
+
+
+def test_the_dense_model_that_the_checkpoint_knows(packed: Path, tiny: Tiny) -> None:
+    checkpoint = open_checkpoint(packed)
+    source = str(tiny("llama-mha"))
+    known = dataclasses.replace(checkpoint, config={**checkpoint.config, "_name_or_path": source})
+    assert dense_model(known, None) == source
+    gone = dataclasses.replace(checkpoint, config={**checkpoint.config, "_name_or_path": "some/model"})
+    assert dense_model(gone, None) is None
+    itself = dataclasses.replace(checkpoint, config={**checkpoint.config, "_name_or_path": str(packed)})
+    assert dense_model(itself, None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"prompt_tokens": 0}, "0 prompt tokens"),
+        ({"new_tokens": -1}, "-1 new tokens"),
+        ({"rounds": 0}, "0 rounds"),
+        ({"threads": 0}, "0 threads"),
+        ({"dense": "nowhere-at-all"}, "nowhere-at-all"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], complaint: str, packed: Path) -> None:
+    with pytest.raises(UserError, match=complaint):
+        bench(packed, **options)
+
+
+def test_other_mistakes(packed: Path, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="compressed checkpoint"):
+        bench(packed, packed)
+    with pytest.raises(UserError, match="not compressed by subbit"):
+        bench(tiny("llama-mha"))
+    with pytest.raises(UserError, match="context of 256"):  # said by the process
+        bench(packed, prompt_tokens=300, rounds=1)
+
+
+def test_bytes_read() -> None:
+    """Every matrix once, one row of the embedding, two of four experts."""
+    model = tiny_model("llama-mha")
+    embedding = model.get_input_embeddings().weight
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    prompt = torch.tensor([3, 4, 5])
+    assert bytes_read(model, prompt) == everything - embedding.nbytes + embedding[0].nbytes
+    tied = tiny_model("llama-gqa")
+    matrix = tied.get_input_embeddings().weight
+    assert bytes_read(tied, prompt) == sum(parameter.nbytes for parameter in tied.parameters()) + matrix[0].nbytes
+
+
+def test_bytes_read_of_packed_modules(packed: Path) -> None:
+    """Linears in the order of the kernels, the head as it is stored, a row of the embedding."""
+    model, _ = subbit.load(packed)
+    linears = sum(one.weight_bytes for name, one in model.named_modules() if name.endswith("_proj"))
+    head, embedding = model.lm_head.weight_bytes, model.get_input_embeddings().weight_bytes
+    norms = sum(parameter.nbytes for parameter in model.parameters())
+    assert bytes_read(model, torch.tensor([3, 4])) == linears + head + norms + embedding // 128
+
+
+# ---- benchmarks/decode.py --------------------------------------------------------------------------------------------
+
+
+def decode_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with a model of a toy's shape."""
+    path = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+    spec = importlib.util.spec_from_file_location("decode", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "decode", script)
+    spec.loader.exec_module(script)
+    sizes = {"HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 64}
+    for name, value in sizes.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "SHAPES", {"self_attn.q_proj": (128, 128), "mlp.down_proj": (128, 192)})
+    return script
+
+
+def test_random_models_can_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The codewords are ones that an encoder could have written, of all values."""
+    script = decode_benchmark(monkeypatch)
+    spec, tensors = script.codes_spec(64, 640), script.random_codes(64, 640, torch.Generator().manual_seed(0))
+    spec.check(tensors)
+    assert {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()} == spec.tensors()
+    assert len(spec.unpack(tensors).signs.view(-1, 8).unique(dim=0)) == 112
+    rows, shape = script.Shape(1, True, 8).embedding_spec(), script.Shape(1, True, 8)
+    rows.check(script.random_rows(rows, torch.Generator().manual_seed(0)))
+    assert set(shape.config()["quantization_config"]["embeddings"]) == {"model.embed_tokens", "lm_head"}
+
+
+def test_extrapolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = decode_benchmark(monkeypatch)
+
+    def of(layers: int) -> dict[str, Any]:
+        models = {}
+        for name, seconds in {"dense bfloat16": 0.1, "packed codes 2:8": 0.01}.items():
+            found = dict.fromkeys(("load_seconds", "model_bytes", "resident_bytes", "peak_bytes", "bytes_per_token"), 1)
+            rate = 1 / (seconds * layers + 0.01)
+            models[name] = {**found, "file_bytes": 100 * layers, "decode_tokens_per_second": rate}
+        return {"models": models}
+
+    result = script.extrapolate(of(2), of(4), (2, 4))
+    assert result["models"]["dense bfloat16"]["decode_tokens_per_second"] == pytest.approx(1 / 3.21)
+    assert result["models"]["packed codes 2:8"]["file_bytes"] == pytest.approx(3200)
+    assert result["speedup_vs_bfloat16"] == pytest.approx(3.21 / 0.33)
