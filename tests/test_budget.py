@@ -404,7 +404,7 @@ def test_a_recipe_with_a_budget_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparsity", ["2:8", "3:8"])
 def test_bits_and_a_sparsity_exclude_each_other(sparsity: str) -> None:
     """Also the default one, where somebody gives it."""
-    both = {"method": "codes", "bits": 0.8, "sparsity": sparsity}
+    both: dict[str, Any] = {"method": "codes", "bits": 0.8, "sparsity": sparsity}
     with pytest.raises(ValueError, match="bits and a sparsity exclude each other; give one of them"):
         Recipe(**both)
     with pytest.raises(UserError, match=r"^recipe: bits and a sparsity exclude each other; give one of them$"):
@@ -422,10 +422,12 @@ def test_bits_and_a_sparsity_replace_each_other_over_a_file(saved: bool, tmp_pat
 
     budget = Recipe.create({"method": "codes", "bits": 0.9})
     pruned = Recipe.create({"method": "codes", "sparsity": "3:8"})
-    for given, assignments in (({"bits": 0.9}, []), ({}, ["bits=0.9"])):
+    budgets: list[tuple[dict[str, Any], list[str]]] = [({"bits": 0.9}, []), ({}, ["bits=0.9"])]
+    for given, assignments in budgets:
         for values in ({"bits": 0.8}, {"sparsity": "4:8"}, {"allocation": {"kind": "l2", "n_low": 1.0}}):
             assert build_recipe(file({"method": "codes", **values}), given, assignments) == budget
-    for given, assignments in (({"sparsity": "3:8"}, []), ({}, ["sparsity=3:8"])):
+    sparsities: list[tuple[dict[str, Any], list[str]]] = [({"sparsity": "3:8"}, []), ({}, ["sparsity=3:8"])]
+    for given, assignments in sparsities:
         assert build_recipe(file({"method": "codes", "bits": 0.8}), given, assignments) == pruned
     kept = build_recipe(file({"method": "codes", "allocation": {"kind": "sine"}}), {"sparsity": "3:8"}, [])
     assert kept.allocation.kind == "sine"
