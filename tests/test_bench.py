@@ -43,26 +43,50 @@ def a_round(**changes: Any) -> Round:
     return dataclasses.replace(Round(10.0, 5.0, 1.0, **numbers, dtype="float32", environment={}), **changes)
 
 
-def test_one_run(packed: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command, with processes and all."""
-    options = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "1", "--threads", "1", "--json"]
-    monkeypatch.setattr(sys, "argv", ["subbit", "bench", str(packed), "--dense", str(tiny("llama-mha")), *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    result = json.loads(capsys.readouterr().out)
-    models = {model["name"]: model for model in result["models"]}
-    assert list(models) == ["dense float32", "dense bfloat16", "packed codes 2:8"]
-    for model in models.values():
-        assert model["prompt_tokens_per_second"] > 0
-        assert model["decode_tokens_per_second"] > 0
-        assert model["load_seconds"] > 0
-        assert model["peak_bytes"] >= model["resident_bytes"] > model["model_bytes"]
-    assert [model["dtype"] for model in models.values()] == ["float32", "bfloat16", "float32"]
-    assert models["dense float32"]["bytes_per_token"] == 2 * models["dense bfloat16"]["bytes_per_token"]
-    assert models["packed codes 2:8"]["bytes_per_token"] < models["dense bfloat16"]["bytes_per_token"]
-    assert models["packed codes 2:8"]["file_bytes"] == subbit.inspect(packed)["file_bytes"]
-    assert result["environment"]["machine"]["threads"] == 1
+def test_one_run(packed: Path, tiny: Tiny) -> None:
+    """With processes and all."""
+    result = bench(
+        packed, tiny("llama-mha"), prompt_tokens=5, new_tokens=3, rounds=1, threads=1, dense_dtypes=["bfloat16"]
+    )
+    dense, small = result.models
+    assert (dense.name, small.name) == ("dense bfloat16", "packed codes 2:8")
+    assert (dense.dtype, small.dtype) == ("bfloat16", "float32")
+    for model in result.models:
+        assert model.error is None
+        assert (
+            min(model.prompt_tokens_per_second or 0, model.decode_tokens_per_second or 0, model.load_seconds or 0) > 0
+        )
+        assert (model.peak_bytes or 0) >= (model.resident_bytes or 0) > (model.model_bytes or 0)
+    assert (small.bytes_per_token or 0) < (dense.bytes_per_token or 0)
+    assert small.file_bytes == subbit.inspect(packed)["file_bytes"]
+    assert result.environment["machine"]["threads"] == 1
+
+
+def test_the_command(
+    packed: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three models; JSON or a table; exit code 1 when one failed."""
+    jobs: list[Job] = []
+
+    def run(job: Job) -> Round | str:
+        jobs.append(job)
+        return "the process was killed" if job.dtype == "float32" else a_round()
+
+    monkeypatch.setattr(module, "run_worker", run)
+    options = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "2", "--threads", "1"]
+    command = ["subbit", "bench", str(packed), "--dense", str(tiny("llama-mha")), *options]
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", [*command, *extra])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert ended.value.code == 1
+        assert captured.err == "dense float32 failed: the process was killed\n"
+    result = json.loads(captured.out)
+    assert [model["name"] for model in result["models"]] == ["dense float32", "dense bfloat16", "packed codes 2:8"]
+    assert [job.dtype for job in jobs[:5]] == ["float32", "bfloat16", None, "bfloat16", None]
+    assert (jobs[0].prompt_tokens, jobs[0].new_tokens, jobs[0].threads) == (5, 3, 1)
 
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,19 +107,19 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed.decode_tokens_per_second is None
 
 
-def test_a_process_that_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the system for its memory, or by itself."""
+def test_how_a_process_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the system for its memory, by itself, or with a mistake of the user."""
     script = tmp_path / "python"
+    script.touch(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    for command, said in {
-        "kill -9 $$": "killed by SIGKILL (out of memory?)",
-        "exit 3": "ended with exit code 3",
-    }.items():
-        script.write_text(f"#!/bin/sh\nread line\n{command}\n")
-        script.chmod(0o755)
-        error = module.run_worker(Job("x", None, 1, 1, None))
-        assert isinstance(error, str)
-        assert said in error
+    job = Job("x", None, 1, 1, None)
+    script.write_text("#!/bin/sh\nread line\nkill -9 $$\n")
+    assert module.run_worker(job) == "the process was killed by SIGKILL (out of memory?)"
+    script.write_text("#!/bin/sh\nread line\nexit 3\n")
+    assert module.run_worker(job) == "the process ended with exit code 3"
+    script.write_text('#!/bin/sh\nread line\necho \'{"error": "a mistake"}\'\nexit 2\n')
+    with pytest.raises(UserError, match="a mistake"):
+        module.run_worker(job)
 
 
 def test_without_a_dense_model(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +162,6 @@ def test_other_mistakes(packed: Path, tiny: Tiny) -> None:
         bench(packed, packed)
     with pytest.raises(UserError, match="not compressed by subbit"):
         bench(tiny("llama-mha"))
-    with pytest.raises(UserError, match="context of 256"):  # said by the process
-        bench(packed, prompt_tokens=300, rounds=1)
 
 
 def test_bytes_read() -> None:
