@@ -424,10 +424,10 @@ def test_recipe_yaml_round_trip(tmp_path: Path) -> None:
     [
         ({"sparsity": "4:8"}, "sparsity 4:8: {method} keeps every weight; leave the sparsity out, or say none"),
         ({"overrides": {"x": {"sparsity": "2:4"}}}, "sparsity 2:4: {method} keeps every weight"),
-        ({"options": {"bits": 5}}, "recipe: bits: Input should be 1, 2, 3 or 4"),
-        ({"options": {"bits": 0}}, "recipe: bits: Input should be 1, 2, 3 or 4"),
+        ({"options": {"bits": 5}}, "recipe: options.bits: Input should be 1, 2, 3 or 4"),
+        ({"options": {"bits": 0}}, "recipe: options.bits: Input should be 1, 2, 3 or 4"),
         ({"options": {"group_size": 0}}, "group_size 0 must be at least 1"),
-        ({"options": {"group_size": "all"}}, "recipe: group_size: "),
+        ({"options": {"group_size": "all"}}, "recipe: options.group_size: "),
         ({"options": {"block_size": 64}}, "method {method} has no option 'block_size'; it has bits, group_size"),
     ],
 )
