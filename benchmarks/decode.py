@@ -27,7 +27,6 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, sha256, write_json, write_tensors
 from subbit.evaluation.bench import Bench, Measured, bench, bench_table
@@ -59,6 +58,8 @@ class Shape:
 
     def config(self) -> dict[str, Any]:
         """What its config.json says."""
+        from transformers import LlamaConfig  # not above: before subbit it would take kernels.py for a package
+
         config = LlamaConfig(
             hidden_size=HIDDEN,
             intermediate_size=INTERMEDIATE,
@@ -150,9 +151,16 @@ def write_model(shape: Shape, directory: Path) -> None:
             for path in directory.glob("*.safetensors")
         }
         write_json(directory / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
+    write_tokenizer(directory)
+    write_json(directory / "config.json", shape.config())
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One that knows no words."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
-    write_json(directory / "config.json", shape.config())
 
 
 def write_shard(directory: Path, file: str, tensors: dict[str, Tensor], places: dict[str, str]) -> None:
