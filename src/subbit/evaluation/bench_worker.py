@@ -40,13 +40,14 @@ def measure(job: Job) -> Round:
     seconds = time.perf_counter() - started
     prompt = random_prompt(model, job.prompt_tokens)
     speed = token_speed(model, prompt, job.new_tokens)
+    resident = resident_bytes()
     return Round(
         prompt_tokens_per_second=speed.prompt_tokens_per_second,
         decode_tokens_per_second=speed.decode_tokens_per_second,
         load_seconds=seconds,
-        peak_bytes=peak_bytes(),
-        resident_bytes=resident_bytes(),
-        model_bytes=resident_bytes() - before,
+        peak_bytes=max(peak_bytes(), resident),  # the system's mark of the peak can lag some pages behind
+        resident_bytes=resident,
+        model_bytes=resident - before,
         bytes_per_token=bytes_read(model, prompt),
         dtype=str(model.dtype).removeprefix("torch."),
         environment=environment("cpu"),
