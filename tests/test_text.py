@@ -374,3 +374,20 @@ def test_calibration_windows_dispatch(
     assert "model itself" in origin
     with pytest.raises(UserError, match="wikitext2, ptb, c4, self"):
         calibration_windows("selfie", tokenizer, 4, 16, 0, no_model)
+
+
+def test_several_sources_take_turns(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Callable[[str, str], Path]
+) -> None:
+    """Each gives the windows that it would have given alone; a mistake in any of them is a mistake."""
+    data("wikitext2/valid.txt", "a line of text to calibrate on\n")
+    other = data("other.txt", "quite different words in here, and many more of them\n" * 9)
+    windows, origin = calibration_windows(f"wikitext2, {other},self", tokenizer, 8, 16, 0, lambda: model)
+    for turn, (source, count) in enumerate((("wikitext2", 3), (str(other), 3), ("self", 2))):
+        alone, alone_origin = calibration_windows(source, tokenizer, count, 16, 0, lambda: model)
+        assert torch.equal(windows[turn::3], alone)
+        assert alone_origin in origin
+    with pytest.raises(UserError, match="unknown calibration source 'wiki'"):
+        calibration_windows("wikitext2,wiki", tokenizer, 8, 16, 0, lambda: model)
+    with pytest.raises(UserError, match="1 calibration samples cannot come from 2 sources"):
+        calibration_windows("wikitext2,self", tokenizer, 1, 16, 0, lambda: model)

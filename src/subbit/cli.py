@@ -50,7 +50,10 @@ def compress(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples."),
+        typer.Option(
+            help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples; or several of "
+            "these with commas between."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,

@@ -21,6 +21,7 @@ from subbit.packing.layout import read_spec
 from subbit.progress import Report
 from subbit.tuning.distill import Student, distill, mean_divergence, optimizer_tensors
 from subbit.tuning.optimizer import Rates, tuned_norms
+from subbit.tuning.precision import resolve_precision
 from subbit.tuning.tunable import Tunable, make_tunable
 
 __all__ = ["distill_model"]
@@ -68,6 +69,7 @@ def distill_model(
                 batch=settings.batch,
                 rates=Rates(settings.latent_rate, settings.scale_rate, settings.norm_rate),
                 seed=job.recipe.calibration.seed,
+                dtype=resolve_precision(settings.precision, job.device),
                 device=job.device,
                 start=start,
                 optimizer_state={

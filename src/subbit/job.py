@@ -16,6 +16,7 @@ from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, materialize, release, run_layer
 from subbit.progress import Progress
 from subbit.recipe import Recipe
+from subbit.tuning.precision import mixed_precision, resolve_precision
 
 __all__ = ["DenseLayer", "Job"]
 
@@ -76,11 +77,15 @@ class Job:
     def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
         """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, some samples at a time.
 
-        One at a time where token norms are clipped: that is done window by window.
+        One at a time where token norms are clipped: that is done window by window. In mixed precision where the layer
+        is tuned in it.
         """
+        tuning = self.recipe.reconstruction
+        dtype = resolve_precision(tuning.precision, self.device) if tuning.steps else torch.float32
         batch = 1 if self.recipe.calibration.clip_norm else max(1, TOKENS // hidden.shape[1])
-        output = [run_layer(self.layer(index), call, part.to(self.device)).cpu() for part in hidden.split(batch)]
-        return torch.cat(output)
+        with mixed_precision(dtype, self.device):
+            output = [run_layer(self.layer(index), call, part.to(self.device)).cpu() for part in hidden.split(batch)]
+        return torch.cat(output).float()
 
     def dense_pass(
         self, stage: str, hidden: Tensor, calls: list[LayerCall], names: Container[str] | None = None

@@ -22,6 +22,7 @@ from subbit.models.layout import ExpertName
 from subbit.models.streaming import LayerCall
 from subbit.packing.layout import LinearSpec, pack
 from subbit.tuning.optimizer import Rates, tuned_norms
+from subbit.tuning.precision import resolve_precision
 from subbit.tuning.reconstruct import reconstruct
 from subbit.tuning.tunable import Tunable, TunableCodes, make_tunable, separate
 
@@ -143,6 +144,7 @@ def reconstruct_layer(
         UserError: the learning rates are too large.
     """
     layer, settings = job.layer(index), job.recipe.reconstruction
+    dtype = resolve_precision(settings.precision, job.device)
     plain = job.linears(index)
     prefix = job.layout.layer_name(index)
     tunables = {name: make_tunable(result, weights[name], plain[name].bias) for name, result in results.items()}
@@ -159,6 +161,7 @@ def reconstruct_layer(
         token_exponent=settings.token_exponent,
         first_token=settings.first_token,
         seed=index,
+        dtype=dtype,
         device=job.device,
     )
     if not math.isfinite(before + after):

@@ -14,6 +14,7 @@ from subbit.binary.allocate import AllocationKind
 from subbit.binary.nm import Sparsity
 from subbit.errors import UserError
 from subbit.methods import METHODS
+from subbit.tuning.precision import Precision
 
 __all__ = ["Allocation", "Calibration", "Override", "Recipe"]
 
@@ -35,7 +36,8 @@ class Section(BaseModel):
 class Calibration(Section):
     """The text whose activations say which weights matter."""
 
-    source: str = "self"  # wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples
+    # wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples; or some, commas between
+    source: str = "self"
     samples: int = Field(default=32, ge=1, le=1_000_000)  # windows
     seq_len: int = Field(default=512, ge=2)  # tokens of a window
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -68,6 +70,9 @@ class Reconstruction(Section):
         default=1.0, ge=0, le=2
     )  # what a token's error counts, (its size / the median)^this: 0 all tokens alike, 2 mean square
     first_token: float = Field(default=0.1, ge=0, lt=1)  # share of a window that its first token has at least
+    precision: Precision = (
+        "auto"  # of matrix products, of what enters and leaves the layer too; auto: bfloat16 where the hardware has it
+    )
 
 
 class Distillation(Section):
@@ -79,6 +84,7 @@ class Distillation(Section):
     scale_rate: float = Field(default=1e-3, ge=0)
     norm_rate: float = Field(default=1e-3, ge=0)
     held_out: int = Field(default=2, ge=0)  # calibration windows that are only measured
+    precision: Precision = "auto"  # as above
     checkpoint_activations: bool = False  # half the speed, and activations of one decoder layer in memory
 
 

@@ -309,15 +309,42 @@ def calibration_windows(
     """Calibration windows [samples, seq_len] int64 and their origin in words.
 
     source: "self" (the model's own text; the only case that calls load_model) or a source of `load_text`,
-    of which the train split is taken. progress: (tokens done, tokens in all), called for "self" only.
+    of which the train split is taken; or several of them with commas between, which take turns in giving a window.
+    progress: (tokens done, tokens in all), called for "self" only.
     Raises UserError as `load_text`, `sample_windows` and `self_windows` do.
     """
+    parts = [part.strip() for part in source.split(",")]
+    if samples < len(parts):
+        raise UserError(f"{samples} calibration samples cannot come from {len(parts)} sources: ask for more of them")
+    origins = []
+    windows = torch.empty(samples, seq_len, dtype=torch.int64)
+    for turn, part in enumerate(parts):
+        own = windows[turn :: len(parts)]
+        drawn, origin = _windows_of(part, tokenizer, len(own), seq_len, seed, load_model, progress)
+        own.copy_(drawn)
+        origins.append(origin)
+    return windows, "; ".join(origins)
+
+
+def _windows_of(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    load_model: Callable[[], PreTrainedModel],
+    progress: Progress | None,
+) -> tuple[Tensor, str]:
+    """`calibration_windows` of one source."""
     if source == SELF:
         windows = self_windows(load_model(), tokenizer, samples, seq_len, seed, progress=progress)
         return windows, f"text sampled from the model itself (temperature 1, seed {seed})"
     if source not in DATASETS and Path(source).suffix not in (".txt", ".jsonl"):
         choices = ", ".join((*DATASETS, SELF))
-        raise UserError(f"unknown calibration source {source!r}: choose {choices}, or a path to a .txt or .jsonl file")
+        raise UserError(
+            f"unknown calibration source {source!r}: choose {choices}, a path to a .txt or .jsonl file, or several of "
+            "these with commas between"
+        )
     text = load_text(source, "train")
     return sample_windows(tokenize(tokenizer, text.text), samples, seq_len, seed), text.origin
 

@@ -40,6 +40,7 @@ __all__ = [
     "read_memory",
     "reason_missing",
     "repack",
+    "round_latents",
     "rows_linear",
     "stored_codes",
     "supports",
@@ -177,6 +178,15 @@ def decode_rows(shape: _native.Shape, packed: Tensor, start: int, stop: int, col
     weight = torch.empty(stop - start, columns)
     _native.decode(shape, address(packed), start, stop - start, address(weight))
     return weight
+
+
+def round_latents(latent: Tensor, n: int, m: int) -> Tensor:
+    """(out, in) int8: see :func:`subbit.tuning.tunable.latent_signs`; ``latent`` is float32, M is 4, 8 or 16."""
+    latent = latent.detach().contiguous()
+    signs = torch.empty(latent.shape, dtype=torch.int8)
+    groups = latent.numel() // m
+    _native.round_latents(address(latent), groups, n, m, address(signs), torch.get_num_threads())
+    return signs
 
 
 library = torch.library.Library("subbit", "DEF")

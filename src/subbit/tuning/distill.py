@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subbit.models.streaming import LayerCall, run_layer
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
+from subbit.tuning.precision import mixed_precision
 
 __all__ = ["Student", "distill", "divergence", "mean_divergence", "optimizer_tensors"]
 
@@ -77,6 +78,7 @@ def distill(
     batch: int,
     rates: Rates,
     seed: int,
+    dtype: torch.dtype,
     device: torch.device,
     start: int = 0,
     optimizer_state: dict[str, Tensor] | None = None,
@@ -88,6 +90,7 @@ def distill(
         embedded: (samples, seq_len, hidden) float32, what enters the first decoder layer.
         teacher: the same shape, what leaves the teacher's last one.
         batch: windows a step.
+        dtype: of matrix products, float32 or bfloat16.
         start: steps that an earlier, interrupted run has done.
         after_step: called with the number of steps done, the step's divergence and the optimizer.
     """
@@ -98,11 +101,11 @@ def distill(
     for step in range(start, steps):
         chosen = order[step * batch : (step + 1) * batch]
         set_rate(optimizer, step, steps)
-        with torch.enable_grad():
+        with torch.enable_grad(), mixed_precision(dtype, device):
             output = student.run(embedded[chosen].to(device))
             loss, slope = divergence(output, teacher[chosen].to(device), student.head, gradient=True)
-            optimizer.zero_grad(set_to_none=True)
-            output.backward(slope)
+        optimizer.zero_grad(set_to_none=True)
+        output.backward(slope)
         optimizer.step()
         if after_step is not None:
             after_step(step + 1, loss, optimizer)

@@ -50,7 +50,9 @@ def make_optimizer(modules: Iterable[nn.Module], rates: Rates) -> torch.optim.Ad
     for group in used:
         for parameter in group["params"]:  # type: ignore[attr-defined]
             parameter.requires_grad_(True)
-    return torch.optim.AdamW(used, betas=(0.9, 0.95), weight_decay=0.0)
+    # one pass over memory instead of ten; on a GPU torch's default is as good
+    fused = all(p.is_cpu for group in used for p in group["params"]) or None  # type: ignore[attr-defined]
+    return torch.optim.AdamW(used, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from subbit.models.streaming import LayerCall, run_layer
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
+from subbit.tuning.precision import mixed_precision
 
 __all__ = ["reconstruct", "token_weights"]
 
@@ -44,6 +45,7 @@ def reconstruct(
     token_exponent: float,
     first_token: float,
     seed: int,
+    dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, float]:
@@ -54,6 +56,7 @@ def reconstruct(
         targets: the same shape, what leaves it in the teacher.
         batch: windows a step; where there are fewer, some come twice.
         seed: of the order of the windows.
+        dtype: of matrix products, float32 or bfloat16.
 
     Returns:
         The mean relative error, see :func:`token_weights`, over the first and over the last tenth of the steps.
@@ -69,8 +72,9 @@ def reconstruct(
                 order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
             chosen, order = order[:batch], order[batch:]
             set_rate(optimizer, step, steps)
-            output = run_layer(layer, call, inputs[chosen].to(device))
-            lost = (output - targets[chosen].to(device)).square().sum(dim=-1)
+            with mixed_precision(dtype, device):
+                output = run_layer(layer, call, inputs[chosen].to(device))
+            lost = (output.float() - targets[chosen].to(device)).square().sum(dim=-1)
             error = (lost * weights[chosen].to(device)).sum()
             optimizer.zero_grad(set_to_none=True)
             error.backward()

@@ -22,6 +22,8 @@ from subbit.linears import (
     levels,
     scale_slots,
 )
+from subbit.runtime import native
+from subbit.tuning.precision import product_dtype
 
 __all__ = ["Tunable", "TunableCodes", "TunableGroupedBinary", "latent_signs", "make_tunable", "separate"]
 
@@ -86,7 +88,9 @@ class TunableCodes(Tunable):
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         row, column = self.scales()
-        output: Tensor = _CodesProduct.apply(inputs, self.latent, row, column, self.sparsity)
+        dtype = product_dtype(inputs)
+        given = column if self.has_columns else None
+        output: Tensor = _CodesProduct.apply(inputs, self.latent, row, given, self.sparsity, dtype)
         return output if self.bias is None else output + self.bias
 
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -103,9 +107,8 @@ class TunableCodes(Tunable):
 
     @torch.no_grad()
     def linear(self) -> CodesLinear:
-        """Ties broken as :func:`keep_top` breaks them."""
-        keep = keep_top(self.latent.abs(), self.sparsity.n, self.sparsity.m)
-        signs = torch.where(self.latent < 0, -1, 1).to(torch.int8) * keep
+        """With the codewords that the latents are rounded to."""
+        signs = latent_signs(self.latent, self.sparsity)
         row, column = self.scales()
         return CodesLinear(self.sparsity, signs, row.half(), column.half() if self.has_columns else None)
 
@@ -133,50 +136,51 @@ def separate(latent: Tensor, sparsity: Sparsity, margin: float = SETTLED) -> Ten
 
 
 def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:
-    """(out, in) float32 in {−1, 0, +1}: the signs of the N largest |latent| of every group; a tie keeps both."""
-    grouped = latent.unflatten(1, (-1, sparsity.m))
-    keep = grouped.abs() >= nth_largest(grouped.abs(), sparsity.n)
-    return torch.where(keep, torch.sign(grouped), 0.0).flatten(1)
-
-
-def nth_largest(values: Tensor, n: int) -> Tensor:
-    """(..., 1): the n-th largest of the last dimension, whose size is a power of two.
-
-    For n ≤ 2 a tournament of the largest and the second largest: a quarter of the time of topk.
-    """
-    if n > 2:
-        return values.topk(n, dim=-1).values[..., -1:]
-    first = list(values.unbind(-1))
-    second: list[Tensor] = []
-    while len(first) > 1:
-        pairs = range(0, len(first), 2)
-        lower = [torch.minimum(first[i], first[i + 1]) for i in pairs]
-        if second:
-            losers = [torch.maximum(second[i], second[i + 1]) for i in pairs]
-            lower = [torch.maximum(low, loser) for low, loser in zip(lower, losers, strict=True)]
-        first = [torch.maximum(first[i], first[i + 1]) for i in pairs]
-        second = lower
-    return (first if n == 1 else second)[0][..., None]
+    """(out, in) int8 in {−1, 0, +1}: the signs of the N largest |latent| of a group, ties as in :func:`keep_top`."""
+    fits = latent.is_cpu and latent.dtype == torch.float32 and sparsity.m in (4, 8, 16)
+    if fits and native.reason_missing() is None:
+        return native.round_latents(latent, sparsity.n, sparsity.m)
+    grouped = latent.reshape(-1, sparsity.m).T.contiguous()  # whole vectors of groups
+    size = grouped.abs()
+    before = torch.zeros(size.shape, dtype=torch.int8, device=latent.device)
+    for i in range(sparsity.m):
+        for j in range(i + 1, sparsity.m):
+            first = size[i] >= size[j]
+            before[j] += first
+            before[i] += ~first
+    signs = torch.where(grouped < 0, -1, 1).to(torch.int8) * (before < sparsity.n)
+    return signs.T.reshape(latent.shape)
 
 
 class _CodesProduct(torch.autograd.Function):
-    """y = x Ŵᵀ; the gradient of the latents passes straight through the rounding."""
+    """y = x Ŵᵀ; the gradient of the latents passes straight through the rounding.
+
+    Products are with the signs alone, which bfloat16 holds exactly; scales are applied to activations.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, latent: Tensor, row: Tensor, column: Tensor, sparsity: Sparsity) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, latent: Tensor, row: Tensor, column: Tensor | None, sparsity: Sparsity, dtype: torch.dtype
+    ) -> Tensor:
         signs = latent_signs(latent, sparsity)
-        ctx.save_for_backward(x, signs.to(torch.int8), row, column)
-        return x @ (row[:, None] * column * signs).T
+        scaled = (x if column is None else x * column).to(dtype)
+        product = scaled @ signs.to(dtype).T
+        ctx.save_for_backward(x if column is not None else None, scaled, signs, product, row, column)
+        ctx.dtype = dtype
+        return product * row
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, signs, row, column = ctx.saved_tensors
-        scale = row[:, None] * column
-        dx = grads[0] @ (scale * signs) if ctx.needs_input_grad[0] else None
-        dweight = grads[0].flatten(0, -2).T @ x.flatten(0, -2)
-        product = dweight * signs
-        dlatent = dweight.mul_(scale) if ctx.needs_input_grad[1] else None
-        return dx, dlatent, product @ column, row @ product, None
+        x, scaled, signs, product, row, column = ctx.saved_tensors
+        slope = (grads[0] * row).to(ctx.dtype)
+        dx, dlatent, dcolumn = slope @ signs.to(ctx.dtype), None, None
+        if ctx.needs_input_grad[1]:
+            dlatent = (slope.flatten(0, -2).T @ scaled.flatten(0, -2)).to(torch.float32)
+        drow = (grads[0] * product).flatten(0, -2).sum(dim=0)
+        if column is not None:
+            dcolumn = (x * dx).flatten(0, -2).sum(dim=0)
+            dx = dx * column
+        return dx.to(grads[0].dtype), dlatent, drow, dcolumn, None, None
 
 
 # ---- regions, shifts and residual columns ----------------------------------------------------------------------------
