@@ -20,9 +20,12 @@ from subbit.packing.codes import CodesSpec
 
 __all__ = ["Choice", "plan_budget", "stored_bytes"]
 
-# Output error of every format relative to that of 2:8, the mean over eight linears of SmolLM2 after four sweeps; the
+# Output error of every format relative to that of 2:8, the mean over twelve linears of SmolLM2 after four sweeps; the
 # ratios of single linears differ by a few percent only (docs/log.md). Ascending in bits.
-RELATIVE_ERROR = {"1:8": 1.61, "2:16": 1.47, "1:4": 1.17, "3:16": 1.12, "2:8": 1.0, "3:8": 0.74, "4:8": 0.63}
+RELATIVE_ERROR = {
+    **{"1:16": 2.2, "1:8": 1.61, "2:16": 1.47, "1:4": 1.17},
+    **{"3:16": 1.12, "2:8": 1.0, "3:8": 0.74, "4:8": 0.64},
+}
 MEASURED = "2:8"
 TOLERANCE = 0.005  # bits: so far below the budget a plan may end
 
