@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import change_file, logits_of, stored_tensors, token_ids
+from commands import Run, assert_one_line
 from families import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ import subbit
 from subbit import CheckpointError, Recipe, UserError
 from subbit.checkpoint.reader import open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter
-from subbit.cli import main
 from subbit.job import Job
 from subbit.packing.embedding import EmbeddingSpec, pack_matrix, pack_rows, quantize_rows
 from subbit.runtime.embedding import SubbitEmbedding, SubbitHead, TiedHead, embedding_scale
@@ -348,7 +348,7 @@ def test_tied_matrices_that_are_both_stored(equal: bool, compress: Compress, tmp
 
 
 def test_a_lookup_that_is_not_known_stays_dense(
-    compress: Compress, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compress: Compress, tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the head that is tied to it, and with the reason in the file and in what inspect prints."""
     monkeypatch.setattr("subbit.embeddings.embedding_scale", lambda module: None)
@@ -360,21 +360,9 @@ def test_a_lookup_that_is_not_known_stays_dense(
     model, _ = subbit.load(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.allclose(logits_of(model), logits_of(dense_equivalent(tiny("llama-gqa"), out)), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("sys.argv", ["subbit", "inspect", str(out)])
-    main_exits(0)
-    printed = capsys.readouterr().out
+    printed = run("inspect", out).out
     assert f"left dense: lm_head ({reason})" in printed
     assert "embeddings, norms, biases" in printed
-
-
-def main_exits(code: int) -> None:
-    """Run the command line."""
-    try:
-        main()
-        ended = 0
-    except SystemExit as end:
-        ended = int(end.code or 0)
-    assert ended == code
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -484,15 +472,14 @@ def test_nan_is_an_error(name: str, compress: Compress, tmp_path: Path) -> None:
         assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_the_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_recipe(run: Run, tmp_path: Path) -> None:
     """keep is the default; anything else than the three words is one clear line."""
     assert Recipe().embeddings == "keep"
     assert Recipe.create({"embeddings": "4bit"}).to_dict()["embeddings"] == "4bit"
     with pytest.raises(UserError, match=r"^recipe: embeddings: Input should be 'keep', '8bit' or '4bit'$"):
         Recipe.create({"embeddings": "5bit"})
-    monkeypatch.setattr("sys.argv", ["subbit", "compress", "x", "-o", str(tmp_path / "o"), "--embeddings", "5bit"])
-    main_exits(2)
-    assert capsys.readouterr().err == "error: recipe: embeddings: Input should be 'keep', '8bit' or '4bit'\n"
+    ran = run("compress", "x", "-o", tmp_path / "o", "--embeddings", "5bit")
+    assert_one_line(ran, "recipe: embeddings: Input should be 'keep', '8bit' or '4bit'")
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -528,14 +515,10 @@ def test_inspect_counts_the_bytes_of_the_files(family: str, width: str, compress
     assert sum("tied_to" in entry for entry in facts["embeddings"].values()) == TIED[family]
 
 
-def test_inspect_prints_it(
-    compress: Compress, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_prints_it(compress: Compress, run: Run) -> None:
     """The parts by their names."""
     out = compress("llama-gqa", overrides={})
-    monkeypatch.setattr("sys.argv", ["subbit", "inspect", str(out)])
-    main_exits(0)
-    printed = capsys.readouterr().out
+    printed = run("inspect", out).out
     assert "+ 8,576 packed embeddings + 1,792 norms, biases, others + " in printed
     assert "model.embed_tokens: 8 bits, 8.375 stored, 8,576 bytes" in printed
     assert "lm_head: the matrix of model.embed_tokens" in printed

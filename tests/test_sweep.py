@@ -22,8 +22,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import test_cli
 import torch
+from commands import Run, assert_one_line
 
 import subbit
 from subbit import Recipe, UserError
@@ -53,7 +53,6 @@ from subbit.pipeline import model_digest
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
-run = test_cli.run  # the fixture: a command line in this process
 ROOT = Path(__file__).parent.parent
 
 
@@ -640,36 +639,34 @@ def test_checkpoints_beside_each_other(checkpoint_of: Callable[..., Path], tmp_p
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], complaint: str, run: test_cli.Run, tiny: Tiny, text_file: Path, tmp_path: Path
+    arguments: list[str], complaint: str, run: Run, tiny: Tiny, text_file: Path, tmp_path: Path
 ) -> None:
     """Exit code 2, and no file."""
     empty = tmp_path / "empty.json"
     empty.write_text('{"subbit_sweep": 1, "results": []}')
     known = {"MODEL": tiny("opt"), "OUT": tmp_path / "out.json", "EMPTY": empty, "TEXT": text_file}
-    test_cli.assert_one_line(run(*(known.get(argument, argument) for argument in arguments)), complaint)
+    assert_one_line(run(*(known.get(argument, argument) for argument in arguments)), complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.json"]
 
 
 def test_a_model_that_cannot_be_read_is_one_line(
-    run: test_cli.Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a worker that finds out; nothing is left behind."""
     monkeypatch.setattr(sweep_module, "run_task", lambda sweep, task: f"{task.model} does not exist")
     command = ["sweep", tmp_path / "none", "-o", tmp_path / "out.json", "--dataset", text_file]
-    test_cli.assert_one_line(run(*command), "does not exist")
+    assert_one_line(run(*command), "does not exist")
     assert not list(tmp_path.iterdir())
 
 
-def test_listing_runs_nothing(run: test_cli.Run, tmp_path: Path) -> None:
+def test_listing_runs_nothing(run: Run, tmp_path: Path) -> None:
     """One line an entry."""
     ran = run("sweep", "x", "-o", tmp_path / "out.json", "--methods", "dense,pbs2p", "--seeds", "0,1", "--list")
     assert ran.out.splitlines() == ["sweep: dense", "sweep: pbs2p 4:8", "sweep: pbs2p 4:8, seed 1"]
     assert not list(tmp_path.iterdir())
 
 
-def test_sweep_and_compare_on_the_command_line(
-    pretend: Pretended, run: test_cli.Run, text_file: Path, tmp_path: Path
-) -> None:
+def test_sweep_and_compare_on_the_command_line(pretend: Pretended, run: Run, text_file: Path, tmp_path: Path) -> None:
     """The summary, exit code 1 if something failed, then the table."""
     out = tmp_path / "out.json"
     pretend.fails = {"rtn": "no"}
