@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import os
@@ -42,7 +43,6 @@ from subbit.comparison.entries import (
 from subbit.comparison.published import PUBLISHED_FILE
 from subbit.comparison.results import read_results, record
 from subbit.comparison.rows import read_sections
-from subbit.comparison.sweep import how_it_ended
 from subbit.comparison.tables import change, markdown, short
 from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
 from subbit.comparison.worker import unpack_linears
@@ -50,6 +50,7 @@ from subbit.effort import EFFORTS
 from subbit.loading import load_any
 from subbit.models.source import open_source
 from subbit.pipeline import model_digest
+from subbit.process import how_it_ended
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
@@ -309,8 +310,8 @@ def test_what_is_no_results_file_is_not_overwritten(pretend: Pretended, tmp_path
 
 def test_how_a_worker_ended_in_words() -> None:
     """Where it could not say it itself."""
-    assert how_it_ended("compress", -signal.SIGKILL) == "compressing was killed by SIGKILL (out of memory?)"
-    assert how_it_ended("evaluate", 3) == "evaluating ended with exit code 3"
+    assert how_it_ended("compressing", -signal.SIGKILL) == "compressing was killed by SIGKILL (out of memory?)"
+    assert how_it_ended("evaluating", 3) == "evaluating ended with exit code 3"
 
 
 # ---- the real thing, on a tiny model ---------------------------------------------------------------------------------
@@ -336,8 +337,9 @@ class Swept:
 class ForkedWorker:
     """Stands in for the ``Popen`` of a worker: a copy of this process, which has imported everything already."""
 
-    def __init__(self, command: list[str], stdin: int, stdout: int) -> None:
-        assert (command[-1], stdin, stdout) == (worker.__name__, subprocess.PIPE, subprocess.DEVNULL)
+    def __init__(self, command: list[str], **options: Any) -> None:
+        assert command[-1] == worker.__name__
+        self._code: int | None = None
         read, write = os.pipe()
         self._child = os.fork()
         if self._child == 0:
@@ -350,10 +352,13 @@ class ForkedWorker:
             finally:
                 os._exit(1)
         os.close(read)
-        self.stdin = os.fdopen(write, "wb")
+        self.stdin = os.fdopen(write, "w")
+        self.stdout = io.StringIO()  # nothing is printed
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        return self._code
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +370,7 @@ def swept(tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path_factory: 
     entries = [Entry(misfit, "misfit"), Entry(recipe_for("stbllm"), "stbllm", "4:8")]
     protocol = Protocol((str(text_file),), seq_len=32, max_windows=3)
     with pytest.MonkeyPatch.context() as patch:
-        names = {"PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
-        patch.setattr(sweep_module, "subprocess", SimpleNamespace(Popen=ForkedWorker, **names))
+        patch.setattr("subbit.process.subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE))
         first = os.fork()
         if first == 0:
             try:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +15,7 @@ from subbit.comparison.entries import Entry, Protocol, dataset_key, dataset_name
 from subbit.comparison.results import DONE, FAILED, place, read_results, record
 from subbit.comparison.tasks import Task, facts_file, read_facts
 from subbit.errors import UserError
+from subbit.process import how_it_ended, run_module
 from subbit.progress import Progress, SilentProgress
 
 __all__ = ["Sweep", "sweep"]
@@ -245,30 +242,9 @@ def run_task(run: Sweep, task: Task) -> str | None:
     file = Path(task.facts)
     if "error" in read_facts(file):
         write_json(file, {name: found for name, found in read_facts(file).items() if name != "error"})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "subbit.comparison.worker"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert process.stdin is not None
-    try:
-        with process.stdin:  # open until the worker is done: its end would be the worker's
-            process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
-            process.stdin.flush()
-            code = process.wait()
-    except BrokenPipeError:
-        code = process.wait()
-    except BaseException:
-        process.wait()
-        raise
-    return None if code == 0 else str(read_facts(file).get("error") or how_it_ended(task.kind, code))
-
-
-def how_it_ended(kind: str, code: int) -> str:
-    """For a worker that could not say it itself."""
-    step = {"model": "reading the model", "compress": "compressing", "evaluate": "evaluating"}[kind]
-    if code >= 0:
-        return f"{step} ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"{step} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    code, _ = run_module("subbit.comparison.worker", task)
+    step = {"model": "reading the model", "compress": "compressing", "evaluate": "evaluating"}[task.kind]
+    return None if code == 0 else str(read_facts(file).get("error") or how_it_ended(step, code))
 
 
 # ---- what a person reads ---------------------------------------------------------------------------------------------
