@@ -52,25 +52,20 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
-PERPLEXITY = Perplexity(
-    dataset="wikitext2",
-    split="test",
-    origin="wikitext2 test",
-    value=23.456,
-    standard_error=1.25,
-    nll=3.155,
-    tokens=40940,
-    windows=20,
-    seq_len=2048,
-    stride=2048,
-    dtype="float32",
-    backend="native (AVX2)",
-    seconds=100.0,
-)
+TEXT_PROTOCOL: dict[str, Any] = {
+    "dataset": "wikitext2",
+    "split": "test",
+    "origin": "wikitext2 test",
+    "tokens": 40940,
+    "windows": 20,
+    "seq_len": 2048,
+    "stride": 2048,
+    "dtype": "float32",
+    "backend": "native (AVX2)",
+}
+PERPLEXITY = Perplexity(**TEXT_PROTOCOL, value=23.456, standard_error=1.25, nll=3.155, seconds=100.0)
 DIVERGENCE = Divergence(
-    dataset="wikitext2",
-    split="test",
-    origin="wikitext2 test",
+    **TEXT_PROTOCOL,
     reference="SmolLM2",
     reference_digest="0123456789abcdef",
     mean=0.8125,
@@ -81,15 +76,7 @@ DIVERGENCE = Divergence(
     top1=0.625,
     top1_standard_error=0.01,
     reference_perplexity=13.4,
-    tokens=40940,
-    windows=20,
-    seq_len=2048,
-    stride=2048,
-    dtype="float32",
-    backend="native (AVX2)",
 )
-
-
 FAILED = Measured("dense float32", "float32", 10**9, error="the process was killed by SIGKILL (out of memory?)")
 
 
@@ -162,17 +149,7 @@ def test_what_was_measured_can_be_read_back(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     first = json.loads(path.read_text())["measurements"][0]
     assert first["values"]["value"] == 23.456
-    assert first["protocol"] == {
-        "dataset": "wikitext2",
-        "split": "test",
-        "origin": "wikitext2 test",
-        "tokens": 40940,
-        "windows": 20,
-        "seq_len": 2048,
-        "stride": 2048,
-        "dtype": "float32",
-        "backend": "native (AVX2)",
-    }
+    assert first["protocol"] == TEXT_PROTOCOL
 
 
 def test_the_newest_of_one_protocol_wins(tmp_path: Path) -> None:
