@@ -353,7 +353,7 @@ def test_a_malformed_file_is_named_with_its_line(
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUBBIT_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="does not exist; set SUBBIT_DATA"):
+    with pytest.raises(UserError, match="does not exist: set SUBBIT_DATA"):
         read_items("rte")
     path = tmp_path / "tasks" / LOCAL_TASKS["rte"].file
     path.parent.mkdir(parents=True)

@@ -31,6 +31,7 @@ __all__ = [
     "data_root",
     "eval_mode",
     "load_text",
+    "read_utf8",
     "sample_windows",
     "self_windows",
     "tokenize",
@@ -127,15 +128,20 @@ def _join_ptb(lines: Iterable[str]) -> str:
     return " ".join(line.strip() for line in lines)
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path, name: str, if_missing: str, if_spoilt: str) -> str:
+    """A whole file. UserError, which calls it `name`, where it is missing, spoilt (not UTF-8) or cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"text file {path} does not exist: check the path") from None
+        raise UserError(f"{name} does not exist: {if_missing}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"text file {path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}): {if_spoilt}") from None
     except OSError as error:
-        raise UserError(f"text file {path} cannot be read ({error.strerror}): name a readable file") from None
+        raise UserError(f"{name} cannot be read ({error.strerror}): name a readable file") from None
+
+
+def _read(path: Path) -> str:
+    text = read_utf8(path, f"text file {path}", "check the path", "convert it to UTF-8")
     if not text.strip():
         raise UserError(f"text file {path} is empty: give one with text in it")
     return text
