@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from subbit.checkpoint import files
 from subbit.checkpoint.reader import open_checkpoint
 
 Recipes = Callable[..., Recipe]
-Events = Iterator[int]
 LAYERS = 3
 LOG = "subbit_log.jsonl"
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 import time
-from typing import Any
 
 import torch
 import transformers
@@ -34,7 +33,7 @@ def measure(job: Job) -> Round:
     if job.threads:
         torch.set_num_threads(job.threads)
     before, started = resident_bytes(), time.perf_counter()
-    model, _ = load_packed(job) if job.dtype is None else load_any(job.path, getattr(torch, job.dtype))
+    model, _ = load(job.path) if job.dtype is None else load_any(job.path, getattr(torch, job.dtype))
     seconds = time.perf_counter() - started
     prompt = random_prompt(model, job.prompt_tokens)
     speed = token_speed(model, prompt, job.new_tokens)
@@ -50,11 +49,6 @@ def measure(job: Job) -> Round:
         dtype=str(model.dtype).removeprefix("torch."),
         environment=environment("cpu"),
     )
-
-
-def load_packed(job: Job) -> tuple[PreTrainedModel, Any]:
-    """The compressed checkpoint, as a user loads it."""
-    return load(job.path)
 
 
 def bytes_read(model: PreTrainedModel, prompt: Tensor) -> int:

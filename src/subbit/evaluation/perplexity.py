@@ -145,7 +145,6 @@ def evaluate_perplexity(
     split: str = "test",
     seq_len: int = 2048,
     max_windows: int | None = None,
-    observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """`perplexity` of a named data set or a local file (see `load_text`). Raises UserError as both do."""
@@ -158,7 +157,6 @@ def evaluate_perplexity(
         origin=text.origin,
         seq_len=seq_len,
         max_windows=max_windows,
-        observe=observe,
         progress=progress,
     )
 

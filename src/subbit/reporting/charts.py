@@ -150,15 +150,15 @@ class HeatMap:
     high: str
 
 
-def heat_map(grid: Grid, low: str, high: str, log: bool = False) -> HeatMap:
+def heat_map(grid: Grid, low: str, high: str) -> HeatMap:
     """Colours for a grid, from its lowest to its highest number.
 
     Args:
         low: what the key says at its pale end.
-        log: equal ratios are equal steps.
+        high: and at its deep one.
     """
     known = grid.known
-    axis = Axis(min(known), max(known), 0, STEPS, log) if known else None
+    axis = Axis(min(known), max(known), 0, STEPS) if known else None
     rows = []
     for name, values, texts, notes in zip(grid.rows, grid.values, grid.texts, grid.notes, strict=True):
         steps = [None if v is None or axis is None else step_of(axis, v) for v in values]

@@ -7,7 +7,7 @@ viewBox, about a pixel each; texts are sized so that they can be read on a phone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -38,9 +38,10 @@ class Axis:
         share = (value - low) / (high - low) if high > low else 0.5
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        """About ``count`` round numbers."""
-        return log_ticks(self.low, self.high, count) if self.log else linear_ticks(self.low, self.high, count)
+    @property
+    def ticks(self) -> list[float]:
+        """About five round numbers."""
+        return (log_ticks if self.log else linear_ticks)(self.low, self.high, 5)
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
@@ -101,18 +102,18 @@ class Canvas:
         """The SVG element, for a page."""
         return Markup(ElementTree.tostring(self._root, encoding="unicode"))
 
-    def x_axis(self, axis: Axis, y: float, top: float, title: str, write: Callable[[float], str] = short) -> None:
+    def x_axis(self, axis: Axis, y: float, top: float, title: str) -> None:
         """Ticks below ``y`` with grid lines up to ``top``, and what is shown."""
-        for value in axis.ticks():
+        for value in axis.ticks:
             self.add("line", "grid", x1=axis(value), x2=axis(value), y1=top, y2=y)
-            self.add("text", "tick middle", write(value), x=axis(value), y=y + 14)
+            self.add("text", "tick middle", short(value), x=axis(value), y=y + 14)
         self.add("text", "axis middle", title, x=(axis.start + axis.end) / 2, y=y + 30)
 
-    def y_axis(self, axis: Axis, x: float, right: float, title: str, write: Callable[[float], str] = short) -> None:
+    def y_axis(self, axis: Axis, x: float, right: float, title: str) -> None:
         """Ticks left of ``x`` with grid lines to ``right``, and what is shown, above the plot."""
-        for value in axis.ticks():
+        for value in axis.ticks:
             self.add("line", "grid", x1=x, x2=right, y1=axis(value), y2=axis(value))
-            self.add("text", "tick end", write(value), x=x - 5, y=axis(value) + 3.5)
+            self.add("text", "tick end", short(value), x=x - 5, y=axis(value) + 3.5)
         self.add("text", "axis", title, x=2.0, y=11.0)
 
     def labels(
