@@ -30,6 +30,7 @@ __all__ = [
     "check_context",
     "data_root",
     "eval_mode",
+    "is_text_file",
     "load_text",
     "read_utf8",
     "sample_windows",
@@ -76,13 +77,17 @@ def load_text(source: str, split: str) -> Text:
     if source in DATASETS:
         local = _local_c4(split) if source == "c4" else _local_lines(source, split)
         return local or _from_hub(source, split)
-    path = Path(source)
-    if path.suffix in (".txt", ".jsonl"):
-        return _local_file(path)
+    if is_text_file(source):
+        return _local_file(Path(source))
     hint = " ('self' is for calibration only)" if source == SELF else ""
     raise UserError(
         f"unknown text source {source!r}{hint}: choose one of {', '.join(DATASETS)}, or a path to a .txt or .jsonl file"
     )
+
+
+def is_text_file(source: str) -> bool:
+    """Whether a source of text is a file, by its name, and no named data set."""
+    return Path(source).suffix in (".txt", ".jsonl")
 
 
 def _local_file(path: Path) -> Text:
@@ -321,7 +326,7 @@ def calibration_windows(
     if source == SELF:
         windows = self_windows(load_model(), tokenizer, samples, seq_len, seed, progress=progress)
         return windows, f"text sampled from the model itself (temperature 1, seed {seed})"
-    if source not in DATASETS and Path(source).suffix not in (".txt", ".jsonl"):
+    if source not in DATASETS and not is_text_file(source):
         choices = ", ".join((*DATASETS, SELF))
         raise UserError(f"unknown calibration source {source!r}: choose {choices}, or a path to a .txt or .jsonl file")
     text = load_text(source, "train")

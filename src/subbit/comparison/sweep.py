@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subbit.checkpoint.files import write_json
+from subbit.checkpoint.files import make_folder, write_json
 from subbit.comparison.entries import Entry, Protocol, dataset_key, dataset_name, entry_key, recipe_key
 from subbit.comparison.results import DONE, FAILED, place, read_results, record
 from subbit.comparison.tasks import Task, facts_file, read_facts
@@ -86,10 +86,7 @@ def sweep(
     run = Sweep(
         str(model), out, protocol, folder, keep, retry, unpack, device, trust_remote_code, progress or SilentProgress()
     )
-    try:
-        facts_file(folder / "model").parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+    make_folder(facts_file(folder / "model").parent)
     try:
         facts = model_facts(run)
         keys = run_all(run, entries, facts)
