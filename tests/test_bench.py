@@ -28,12 +28,10 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def packed(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tiny: Tiny, recipe_for: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2:8 `codes` checkpoint with an untied head."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
-    recipe = {"method": "codes", "sparsity": "2:8", "calibration": calibration, "embeddings": "8bit"}
-    subbit.compress(tiny("llama-mha"), Recipe.create(recipe), out)
+    subbit.compress(tiny("llama-mha"), recipe_for("codes", sparsity="2:8", embeddings="8bit"), out)
     return out
 
 
@@ -196,7 +194,7 @@ def decode_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script
 
 
-def test_random_models_can_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_random_models_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The codewords are ones that an encoder could have written, of all values."""
     script = decode_benchmark(monkeypatch)
     spec, tensors = script.codes_spec(64, 640), script.random_codes(64, 640, torch.Generator().manual_seed(0))

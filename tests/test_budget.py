@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import Lines, interrupt_at
 from commands import Run, assert_one_line
 from families import VOCABULARY, tiny_tokenizer
 from safetensors.torch import load_file
@@ -344,20 +345,11 @@ def test_bits_go_where_the_errors_are(recipe_for: Recipes, tmp_path: Path) -> No
 def test_two_runs_and_a_resumed_one_give_the_same_bytes(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """The plan is made once, and kept."""
     recipe = recipe_for("codes", bits=1.2, **QUICK)
-
-    class StopError(Exception):
-        pass
-
-    class Stopping(SilentProgress):
-        def line(self, text: str) -> None:
-            if text.startswith("layer 2/"):
-                raise StopError
-
     contents = []
     for name in ("one", "two", "stopped"):
         if name == "stopped":
-            with pytest.raises(StopError):
-                subbit.compress(tiny("qwen3"), recipe, tmp_path / name, progress=Stopping())
+            with pytest.raises(KeyboardInterrupt):
+                subbit.compress(tiny("qwen3"), recipe, tmp_path / name, progress=Lines(interrupt_at("layer 2/")))
         subbit.compress(tiny("qwen3"), recipe, tmp_path / name, resume=True)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.name != "subbit_log.jsonl")
         contents.append({path.name: path.read_bytes() for path in files})

@@ -476,7 +476,7 @@ def test_recipe_yaml_round_trip(tmp_path: Path) -> None:
     assert Recipe.create(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-def test_recipes_do_not_change(tmp_path: Path) -> None:
+def test_recipes_do_not_change() -> None:
     """A recipe is a value."""
     recipe = Recipe()
     for name, value in {"method": "stbllm", "sparsity": "1:4", "options": None}.items():

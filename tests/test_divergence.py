@@ -220,10 +220,9 @@ def test_a_full_disk_is_said_before_the_dense_model_runs(
 
 
 @pytest.fixture(scope="module")
-def compressed(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compressed(tiny: Tiny, recipe_for: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "out"
-    calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
-    subbit.compress(tiny("llama-gqa"), Recipe.create({"calibration": calibration}), out)
+    subbit.compress(tiny("llama-gqa"), recipe_for(calibration={"samples": 2, "seq_len": 16}), out)
     return out
 
 

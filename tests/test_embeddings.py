@@ -6,15 +6,14 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import change_file, logits_of, stored_tensors, token_ids
+from checkpoints import Lines, change_file, interrupt_at, logits_of, stored_tensors, token_ids
 from commands import Run, assert_one_line
-from families import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
+from families import VOCABULARY, save_model, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -205,11 +204,10 @@ def test_a_loaded_model_is_its_dense_equivalent(family: str, width: str, tiny: T
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama-mha", "opt"])
-def test_bfloat16(family: str, recipe_for: Recipes, compress: Compress, tmp_path: Path) -> None:
+def test_bfloat16(family: str, compress: Compress, tmp_path: Path) -> None:
     """The embedding gives the dtype of the model, rounded as the dense one rounds; casts of the model change it."""
     source = tmp_path / "source"
-    tiny_model(family).to(torch.bfloat16).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
+    save_model(tiny_model(family).to(torch.bfloat16), source)
     out = compress(source)
     model, _ = subbit.load(out)
     dense = dense_equivalent(source, out, torch.bfloat16)
@@ -262,8 +260,7 @@ def test_saved_again_it_is_the_same(family: str, compress: Compress, tmp_path: P
     model, _ = subbit.load(out)
     model.tie_weights()  # transformers' own tying finds nothing to tie
     for name, options in {"whole": {}, "shards": {"max_shard_size": "20KB"}}.items():
-        model.save_pretrained(tmp_path / name, **options)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+        save_model(model, tmp_path / name, **options)
         before, after = stored_tensors(out), stored_tensors(tmp_path / name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
@@ -368,9 +365,7 @@ def test_a_lookup_that_is_not_known_stays_dense(
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_calibration_sees_the_packed_embedding(
-    compress: Compress, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_calibration_sees_the_packed_embedding(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
     """What enters the first layer is what enters it in the compressed model."""
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
     from subbit import pipeline
@@ -401,32 +396,16 @@ def test_every_matrix_is_packed_once_in_a_run(compress: Compress, monkeypatch: p
     assert len(packed) == 2
 
 
-class Progress:
-    """Keeps its lines; ``stop_at``: raises where a line begins with it."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.lines: list[str] = []
-        self._stop_at = stop_at
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        if self._stop_at and text.startswith(self._stop_at):
-            raise KeyboardInterrupt
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        return nullcontext(lambda done, total: None)
-
-
 @pytest.mark.parametrize("stop_at", ["layer 2/3", "model.embed_tokens = lm_head"])
 def test_a_resumed_run_gives_the_same_files(stop_at: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """Stopped among the layers, and when the embedding is packed; another width is another recipe."""
     recipe = recipe_for("rtn", embeddings="4bit")
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=Progress(stop_at))
+        subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=Lines(interrupt_at(stop_at)))
     with pytest.raises(UserError, match="embeddings differs"):
         subbit.compress(tiny("llama-gqa"), recipe_for("rtn", embeddings="8bit"), tmp_path / "out", resume=True)
-    progress = Progress()
+    progress = Lines()
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", resume=True, progress=progress)
     expected = f"model.embed_tokens = lm_head: 4 bits, {128 * 64 * 4:,} → {128 * 35:,} bytes, relative error 0."
     assert progress.lines[-1].startswith(expected)
@@ -447,8 +426,7 @@ def test_only_the_embeddings(compress: Compress, recipe_for: Recipes, tiny: Tiny
 def test_a_model_without_linears(recipe_for: Recipes, tmp_path: Path) -> None:
     """GPT-2 has matrices of another class: its embedding can be packed, and an override for nothing is one line."""
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=2, n_head=4, eos_token_id=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    save_model(AutoModelForCausalLM.from_config(config), tmp_path / "source")
     with pytest.raises(UserError, match="matches no linear of the model, which has none"):
         subbit.compress(tmp_path / "source", recipe_for(embeddings="8bit", overrides=ALL_DENSE), tmp_path / "out")
     subbit.compress(tmp_path / "source", recipe_for(embeddings="8bit"), tmp_path / "out")
@@ -464,8 +442,7 @@ def test_nan_is_an_error(name: str, compress: Compress, tmp_path: Path) -> None:
     model.get_parameter(name).data[5, 3] = torch.nan
     for value, complaint in [(torch.nan, "NaN or infinity"), (1e9, "too large for float16.*embeddings: keep")]:
         model.get_parameter(name).data[5, 3] = value
-        model.save_pretrained(tmp_path / "source")
-        tiny_tokenizer().save_pretrained(tmp_path / "source")
+        save_model(model, tmp_path / "source")
         with pytest.raises(UserError, match=f"{name.removesuffix('.weight')}.*{complaint}") as caught:
             compress(tmp_path / "source")
         assert "\n" not in str(caught.value)

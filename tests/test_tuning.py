@@ -853,7 +853,7 @@ def test_distillation_goes_on_with_the_latents_of_reconstruction(
             assert isinstance(linear, CodesLinear)
             rounded = latent_signs(separate(latent.float(), linear.sparsity), linear.sparsity)
             assert float((rounded == linear.signs).float().mean()) > 0.99  # float16 makes ties
-            fresh = TunableCodes(linear, weights[f"{name}.weight"].float(), None).latent.detach()
+            fresh = TunableCodes(linear, weights[f"{name}.weight"].float(), None).latent
             assert float((latent.float() - fresh).abs().mean()) > 1e-4
 
 
