@@ -48,8 +48,7 @@ from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
 from subbit.comparison.worker import unpack_linears
 from subbit.effort import EFFORTS
 from subbit.loading import load_any
-from subbit.models.source import open_source
-from subbit.pipeline import model_digest
+from subbit.models.source import model_digest, open_source
 from subbit.process import how_it_ended
 
 Tiny = Callable[[str], Path]

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import subbit
-from subbit.pipeline import pick_device
+from subbit.device import pick_device
 
 __all__ = ["environment", "how_it_ended", "peak_bytes", "read_job", "resident_bytes", "run_module"]
 

@@ -20,12 +20,13 @@ import transformers
 import subbit
 from subbit.comparison.entries import Protocol, dataset_key, dataset_name
 from subbit.comparison.tasks import Task, read_facts, save_facts
+from subbit.device import pick_device
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import evaluate_perplexity
 from subbit.loading import load_any
 from subbit.models.layout import find_layout, layer_linears
-from subbit.models.source import open_source
-from subbit.pipeline import compress, model_digest, pick_device
+from subbit.models.source import model_digest, open_source
+from subbit.pipeline import compress
 from subbit.process import environment, peak_bytes, read_job
 from subbit.progress import ConsoleProgress
 from subbit.recipe import Recipe

@@ -32,9 +32,8 @@ from subbit.checkpoint.files import write_atomically
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import Perplexity, TextProtocol, mean_with_error
 from subbit.models.layout import ModelLayout, find_layout
-from subbit.models.source import ModelSource
+from subbit.models.source import ModelSource, model_digest
 from subbit.models.streaming import capture_inputs, materialize, outside_on_demand, release, run_head, run_layer
-from subbit.pipeline import model_digest
 
 __all__ = ["Comparison", "DenseCache", "Divergence", "Reference", "divergence_of", "ensure_cached"]
 
