@@ -164,13 +164,11 @@ class Line:
     classes: str
 
 
-def line_chart(
-    lines: Sequence[Line], names: Sequence[str], title: str, x_title: str, y_title: str, log: bool
-) -> Markup:
+def line_chart(lines: Sequence[Line], names: Sequence[str], title: str, y_title: str, log: bool) -> Markup:
     """Values over decoder layers.
 
     Args:
-        names: of the places along x, as many as every line has values.
+        names: of the layers, as many as every line has values.
         log: of the y axis.
     """
     canvas, bottom, left, right = Canvas(230, title), 190.0, 42.0, WIDTH - 8
@@ -182,7 +180,7 @@ def line_chart(
     step = max(1, round(len(names) / 8))
     for number in range(0, len(names), step):
         canvas.add("text", "tick middle", names[number], x=x(number), y=bottom + 14)
-    canvas.add("text", "axis middle", x_title, x=(left + right) / 2, y=bottom + 30)
+    canvas.add("text", "axis middle", "decoder layer", x=(left + right) / 2, y=bottom + 30)
     for line in lines:
         for piece in pieces([None if value is None else (x(n), y(value)) for n, value in enumerate(line.values)]):
             canvas.path(f"line {line.classes}", piece)
