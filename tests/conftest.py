@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from commands import Ran, Run
 from families import save_tiny
 
 import subbit
 from subbit import Recipe
+from subbit.cli import main
 
 # Little of every search, for tests of what becomes of its result; tests of a method give their own options.
 SEARCH = {"candidates": 8, "salient_columns": 8}
@@ -42,6 +45,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that compare what is stored: the native kernels round their tables (tests/test_native.py)."""
     monkeypatch.setenv("SUBBIT_NATIVE", "0")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("inspect", directory, …)``: the command line in this process."""
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["subbit", *map(str, arguments)])
+        capsys.readouterr()  # what was said before
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

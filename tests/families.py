@@ -160,8 +160,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(family: str, directory: Path, **save_kwargs: Any) -> Path:
-    """Save `tiny_model(family)` and the tokenizer; `save_kwargs` go to `save_pretrained` (e.g. max_shard_size)."""
-    tiny_model(family).save_pretrained(directory, **save_kwargs)
+def save_model(model: PreTrainedModel, directory: Path, **save_kwargs: Any) -> Path:
+    """Save a model and `tiny_tokenizer()`; `save_kwargs` go to `save_pretrained` (e.g. max_shard_size)."""
+    model.save_pretrained(directory, **save_kwargs)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_tiny(family: str, directory: Path, **save_kwargs: Any) -> Path:
+    """`save_model` of `tiny_model(family)`."""
+    return save_model(tiny_model(family), directory, **save_kwargs)

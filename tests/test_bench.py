@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Run
 from families import tiny_model
 
 import subbit
 from subbit import Recipe, UserError
 from subbit.checkpoint.reader import open_checkpoint
-from subbit.cli import main
 from subbit.evaluation import bench as module
 from subbit.evaluation.bench import Contender, Job, Round, bench, dense_model, run_rounds, summarize
 from subbit.evaluation.bench_worker import bytes_read
@@ -28,12 +28,10 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def packed(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tiny: Tiny, recipe_for: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2:8 `codes` checkpoint with an untied head."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
-    recipe = {"method": "codes", "sparsity": "2:8", "calibration": calibration, "embeddings": "8bit"}
-    subbit.compress(tiny("llama-mha"), Recipe.create(recipe), out)
+    subbit.compress(tiny("llama-mha"), recipe_for("codes", sparsity="2:8", embeddings="8bit"), out)
     return out
 
 
@@ -62,28 +60,20 @@ def test_one_run(packed: Path, tiny: Tiny) -> None:
     assert result.environment["machine"]["threads"] == 1
 
 
-def test_the_command(
-    packed: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(packed: Path, tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three models; JSON or a table; exit code 1 when one failed."""
     jobs: list[Job] = []
 
-    def run(job: Job) -> Round | str:
+    def work(job: Job) -> Round | str:
         jobs.append(job)
         return "the process was killed" if job.dtype == "float32" else a_round()
 
-    monkeypatch.setattr(module, "run_worker", run)
-    options = ["--prompt-tokens", "5", "--new-tokens", "3", "--rounds", "2", "--threads", "1"]
-    command = ["subbit", "bench", str(packed), "--dense", str(tiny("llama-mha")), *options]
+    monkeypatch.setattr(module, "run_worker", work)
+    options = ["--prompt-tokens", 5, "--new-tokens", 3, "--rounds", 2, "--threads", 1]
     for extra in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", [*command, *extra])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert ended.value.code == 1
-        assert captured.err == "dense float32 failed: the process was killed\n"
-    result = json.loads(captured.out)
+        ran = run("bench", packed, "--dense", tiny("llama-mha"), *options, *extra)
+        assert (ran.code, ran.err) == (1, "dense float32 failed: the process was killed\n")
+    result = json.loads(ran.out)
     assert [model["name"] for model in result["models"]] == ["dense float32", "dense bfloat16", "packed codes 2:8"]
     assert [job.dtype for job in jobs[:5]] == ["float32", "bfloat16", None, "bfloat16", None]
     assert (jobs[0].prompt_tokens, jobs[0].new_tokens, jobs[0].threads) == (5, 3, 1)
@@ -204,7 +194,7 @@ def decode_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script
 
 
-def test_random_models_can_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_random_models_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The codewords are ones that an encoder could have written, of all values."""
     script = decode_benchmark(monkeypatch)
     spec, tensors = script.codes_spec(64, 640), script.random_codes(64, 640, torch.Generator().manual_seed(0))

@@ -10,7 +10,6 @@ import itertools
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import Lines, interrupt_at
+from commands import Run, assert_one_line
 from families import VOCABULARY, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +30,7 @@ from subbit import Recipe, UserError
 from subbit.binary.allocate import allocate_bytes
 from subbit.binary.codebook import sign_codebook
 from subbit.budget import RELATIVE_ERROR, unit_formats
-from subbit.cli import build_recipe, main
+from subbit.cli import build_recipe
 from subbit.effort import EFFORTS, with_effort
 from subbit.job import Job
 from subbit.models.layout import find_layout, fused_groups
@@ -344,20 +345,11 @@ def test_bits_go_where_the_errors_are(recipe_for: Recipes, tmp_path: Path) -> No
 def test_two_runs_and_a_resumed_one_give_the_same_bytes(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """The plan is made once, and kept."""
     recipe = recipe_for("codes", bits=1.2, **QUICK)
-
-    class StopError(Exception):
-        pass
-
-    class Stopping(SilentProgress):
-        def line(self, text: str) -> None:
-            if text.startswith("layer 2/"):
-                raise StopError
-
     contents = []
     for name in ("one", "two", "stopped"):
         if name == "stopped":
-            with pytest.raises(StopError):
-                subbit.compress(tiny("qwen3"), recipe, tmp_path / name, progress=Stopping())
+            with pytest.raises(KeyboardInterrupt):
+                subbit.compress(tiny("qwen3"), recipe, tmp_path / name, progress=Lines(interrupt_at("layer 2/")))
         subbit.compress(tiny("qwen3"), recipe, tmp_path / name, resume=True)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.name != "subbit_log.jsonl")
         contents.append({path.name: path.read_bytes() for path in files})
@@ -491,27 +483,12 @@ def test_options_of_the_command_line_become_a_recipe(tmp_path: Path) -> None:
         build_recipe(None, {"bits": 1.1, "method": "stbllm"}, [])
 
 
-def test_the_command_line(
-    tiny: Tiny,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_line(tiny: Tiny, text_file: Path, tmp_path: Path, run: Run) -> None:
     """`--bits 1.3 --effort fast` end to end; `--effort` with another method is one line."""
-
-    def run(*arguments: object) -> int:
-        given = ["--calibration", text_file, "--samples", 2, "--seq-len", 16, *arguments]
-        monkeypatch.setattr(sys, "argv", ["subbit", "compress", str(tiny("llama-gqa")), *map(str, given)])
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    assert run("--bits", 1.3, "--effort", "fast", "-o", tmp_path / "out") == 0
-    assert "1.3 bits" in capsys.readouterr().out
+    command = ["compress", tiny("llama-gqa"), "--calibration", text_file, "--samples", 2, "--seq-len", 16]
+    ran = run(*command, "--bits", 1.3, "--effort", "fast", "-o", tmp_path / "out")
+    assert ran.code == 0
+    assert "1.3 bits" in ran.out
     calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
     written = Recipe.from_yaml(tmp_path / "out" / "subbit_recipe.yaml")
     assert written == Recipe.create({"method": "codes", "bits": 1.3, **EFFORTS["fast"], "calibration": calibration})
@@ -524,10 +501,7 @@ def test_the_command_line(
         ("--bits", "-1"): "bits: Input should be greater than 0",
     }
     for options, complaint in refusals.items():
-        assert run(*options, "-o", tmp_path / "no") == 2
-        captured = capsys.readouterr()
-        assert captured.err.splitlines()[-1].startswith("error: ")
-        assert complaint in captured.err.splitlines()[-1]
-        assert "Traceback" not in captured.err
-        assert captured.out == ""
+        ran = run(*command, *options, "-o", tmp_path / "no")
+        assert_one_line(replace(ran, err=ran.err.splitlines(keepends=True)[-1]), complaint)
+        assert "Traceback" not in ran.err
         assert not (tmp_path / "no").exists()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 from checkpoints import Lines, logits_of, stored_tensors
+from commands import Run, assert_one_line
 from huggingface_hub import ModelCard
 from test_report import everything
 from transformers import AutoModelForCausalLM
@@ -28,7 +28,6 @@ from subbit.reporting.card import PLACEHOLDER, keep_measurements, source_facts
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
-run = test_cli.run  # the fixture: a command line in this process
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def test_a_checkpoint_with_measurements_is_the_same_checkpoint(
 # ---- what the command line does with it ------------------------------------------------------------------------------
 
 
-def test_eval_leaves_its_numbers(run: test_cli.Run, copy: Path, text_file: Path) -> None:
+def test_eval_leaves_its_numbers(run: Run, copy: Path, text_file: Path) -> None:
     """Beside the weights and in the card; a second run with the same protocol replaces the first."""
     for _ in range(2):
         ran = run("eval", copy, "--perplexity", text_file, "--seq-len", 32, "--max-windows", 2, "--json")
@@ -210,7 +209,7 @@ def test_eval_leaves_its_numbers(run: test_cli.Run, copy: Path, text_file: Path)
     assert [result.metric_value for result in card_of(copy).data.eval_results or []] == [value]
 
 
-def test_eval_of_a_dense_model_leaves_nothing(run: test_cli.Run, tiny: Tiny, text_file: Path) -> None:
+def test_eval_of_a_dense_model_leaves_nothing(run: Run, tiny: Tiny, text_file: Path) -> None:
     """It is not ours to write there."""
     before = sorted(path.name for path in tiny("llama-gqa").iterdir())
     ran = run("eval", tiny("llama-gqa"), "--perplexity", text_file, "--seq-len", 32, "--max-windows", 1)
@@ -218,7 +217,7 @@ def test_eval_of_a_dense_model_leaves_nothing(run: test_cli.Run, tiny: Tiny, tex
     assert sorted(path.name for path in tiny("llama-gqa").iterdir()) == before
 
 
-def test_eval_says_where_it_cannot_write(run: test_cli.Run, copy: Path, text_file: Path) -> None:
+def test_eval_says_where_it_cannot_write(run: Run, copy: Path, text_file: Path) -> None:
     """The numbers are printed; one line says that they were not kept."""
     (copy / ".evaluation.json.partial").mkdir()  # what an atomic write needs; root may write to read-only directories
     ran = run("eval", copy, "--perplexity", text_file, "--seq-len", 32, "--max-windows", 1)
@@ -231,7 +230,7 @@ def test_eval_says_where_it_cannot_write(run: test_cli.Run, copy: Path, text_fil
 # ---- what would go to the hub ----------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_lists_what_would_be_uploaded(run: test_cli.Run, copy: Path) -> None:
+def test_a_dry_run_lists_what_would_be_uploaded(run: Run, copy: Path) -> None:
     """Every file with its size but log and hidden ones, the metadata, what it lacks; nothing is written."""
     (copy / ".hidden").write_text("x")
     before = {path: path.stat().st_mtime_ns for path in copy.iterdir()}
@@ -316,6 +315,6 @@ def test_a_name_that_no_repository_can_have(name: str, copy: Path) -> None:
         subbit.push(copy, name, dry_run=True)
 
 
-def test_without_a_network_an_upload_is_one_line(run: test_cli.Run, copy: Path) -> None:
+def test_without_a_network_an_upload_is_one_line(run: Run, copy: Path) -> None:
     """The tests are offline."""
-    test_cli.assert_one_line(run("push", copy, "some-org/tiny"), "cannot upload to some-org/tiny")
+    assert_one_line(run("push", copy, "some-org/tiny"), "cannot upload to some-org/tiny")

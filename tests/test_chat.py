@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Run, assert_one_line
 from families import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from subbit.chat import Chat, Sampling, answer, converse
-from subbit.cli import main
 from subbit.errors import UserError
 
 Tiny = Callable[[str], Path]
@@ -173,34 +173,12 @@ def test_seeds(model: PreTrainedModel) -> None:
         (["--max-new-tokens", "300"], "context of 256"),
     ],
 )
-def test_mistakes_are_one_line(
-    options: list[str],
-    complaint: str,
-    tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["subbit", "chat", str(tiny("llama-mha")), *options])
-    capsys.readouterr()  # what saving the model said
-    with pytest.raises(SystemExit) as ended:
-        main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert complaint in error
+def test_mistakes_are_one_line(options: list[str], complaint: str, tiny: Tiny, run: Run) -> None:
+    assert_one_line(run("chat", tiny("llama-mha"), *options), complaint)
 
 
-def test_the_command_with_a_pipe(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_with_a_pipe(tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("the river\n/exit\n"))
-    options = ["--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["subbit", "chat", str(tiny("llama-mha")), *options])
-    capsys.readouterr()  # what saving the model said
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    captured = capsys.readouterr()
-    assert captured.out.strip()
-    assert not captured.err
+    ran = run("chat", tiny("llama-mha"), "--max-new-tokens", 4, "--temperature", 0, "--device", "cpu")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.strip()

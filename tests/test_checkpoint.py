@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import change_file, logits_of
-from families import tiny_model, tiny_tokenizer
+from families import save_model, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,8 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def save(family: str) -> Path:
         if family not in saved:
             saved[family] = tmp_path_factory.mktemp(family)
-            tiny_model(family).to(torch.bfloat16).save_pretrained(saved[family])
-            tiny_tokenizer().save_pretrained(saved[family])
+            save_model(tiny_model(family).to(torch.bfloat16), saved[family])
         return saved[family]
 
     return save

@@ -8,60 +8,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import Ran, Run, assert_one_line
 
 import subbit
 from subbit import Recipe, UserError
 from subbit.cli import build_recipe, main
 
 Tiny = Callable[[str], Path]
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("inspect", directory, …)``: the command line in this process."""
-
-    def call(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["subbit", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-def assert_one_line(ran: Ran, complaint: str = "") -> None:
-    """Exit code 2, one line on stderr that says what is wrong, nothing on stdout."""
-    assert ran.code == 2, ran.err
-    assert ran.err.startswith("error: "), ran.err
-    assert ran.err.count("\n") == 1, ran.err
-    assert ran.err.endswith("\n")
-    assert complaint in ran.err
-    assert "Traceback" not in ran.err
-    assert ran.out == ""
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +476,7 @@ def test_recipe_yaml_round_trip(tmp_path: Path) -> None:
     assert Recipe.create(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-def test_recipes_do_not_change(tmp_path: Path) -> None:
+def test_recipes_do_not_change() -> None:
     """A recipe is a value."""
     recipe = Recipe()
     for name, value in {"method": "stbllm", "sparsity": "1:4", "options": None}.items():

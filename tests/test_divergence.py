@@ -6,12 +6,12 @@ import json
 import math
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run, assert_one_line
 from families import tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from torch import Tensor
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 import subbit
 from subbit import Recipe, UserError
-from subbit.cli import main
 from subbit.evaluation.divergence import Comparison, DenseCache, Divergence, Reference, divergence_of, ensure_cached
 from subbit.evaluation.perplexity import perplexity
 from subbit.models.source import open_source
@@ -221,45 +220,23 @@ def test_a_full_disk_is_said_before_the_dense_model_runs(
 
 
 @pytest.fixture(scope="module")
-def compressed(tiny: Tiny, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compressed(tiny: Tiny, recipe_for: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "out"
-    calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
-    subbit.compress(tiny("llama-gqa"), Recipe.create({"calibration": calibration}), out)
+    subbit.compress(tiny("llama-gqa"), recipe_for(calibration={"samples": 2, "seq_len": 16}), out)
     return out
 
 
-Eval = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Eval:
-    """``run_eval(model, …)``: exit code, stdout and stderr of ``subbit eval``."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["subbit", "eval", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_eval_with_a_reference(
-    run_eval: Eval, compressed: Path, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, compressed: Path, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache changes no number; without --cache no file is left."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    command = [compressed, "--perplexity", text_file, "--seq-len", 64, "--max-windows", 3, "--reference"]
-    command += [tiny("llama-gqa")]
-    code, out, err = run_eval(*command, "--json")
-    assert code == 0, err
-    result = json.loads(out)
+    command = ["eval", compressed, "--perplexity", text_file, "--seq-len", 64, "--max-windows", 3]
+    command += ["--reference", tiny("llama-gqa")]
+    ran = run(*command, "--json")
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
     found = result["divergence"][str(text_file)]
     assert found["reference"] == tiny("llama-gqa").name
     assert (found["windows"], found["tokens"]) == (3, 3 * 63)
@@ -269,21 +246,19 @@ def test_eval_with_a_reference(
     assert not list((tmp_path / "tmp").iterdir())
 
     cached = [*command, "--cache", tmp_path / "cache"]
-    first, second = run_eval(*cached, "--json"), run_eval(*cached, "--json")
-    assert "3 windows run, 0 found in the cache" in first[2]
-    assert "0 windows run, 3 found in the cache" in second[2]
-    assert json.loads(first[1])["divergence"] == json.loads(second[1])["divergence"] == result["divergence"]
+    first, second = run(*cached, "--json"), run(*cached, "--json")
+    assert "3 windows run, 0 found in the cache" in first.err
+    assert "0 windows run, 3 found in the cache" in second.err
+    assert json.loads(first.out)["divergence"] == json.loads(second.out)["divergence"] == result["divergence"]
 
-    _, text, _ = run_eval(*cached)
+    text = run(*cached).out
     assert f"KL(dense ‖ model): mean {found['mean']:.4f} ± {found['standard_error']:.4f}, median" in text
     assert f"same top token: {100 * found['top1']:.2f} ± " in text
     assert f"perplexity {found['reference_perplexity']:.3f} on the same windows" in text
     assert "64-token windows, no overlap, 3 windows, 189 predicted tokens, float32, torch (" in text
 
 
-def test_a_wrong_reference_is_one_line(
-    run_eval: Eval, compressed: Path, tiny: Tiny, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_wrong_reference_is_one_line(run: Run, compressed: Path, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     """A compressed one, none, one without weights or with another tokenizer, a cache that is a file."""
     other = Path(shutil.copytree(tiny("llama-gqa"), tmp_path / "other"))
     tokenizer = tiny_tokenizer()
@@ -291,7 +266,7 @@ def test_a_wrong_reference_is_one_line(
     tokenizer.save_pretrained(other)
     empty = Path(shutil.copytree(tiny("llama-gqa"), tmp_path / "empty"))
     (empty / "model.safetensors").unlink()
-    command = [compressed, "--perplexity", text_file, "--seq-len", 64, "--max-windows", 1]
+    command = ["eval", compressed, "--perplexity", text_file, "--seq-len", 64, "--max-windows", 1]
     for options, complaint in [
         (["--reference", compressed], "is already compressed by subbit; give the original model"),
         (["--reference", tmp_path / "nowhere"], "does not exist"),
@@ -300,24 +275,20 @@ def test_a_wrong_reference_is_one_line(
         (["--reference", tiny("llama-gqa"), "--cache", text_file], "cannot use"),
         (["--cache", tmp_path], "give that model with --reference"),
     ]:
-        code, out, err = run_eval(*command, *options)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert complaint in err
+        assert_one_line(run(*command, *options), complaint)
 
 
 def test_a_checkpoint_without_its_tokenizer_is_one_line(
-    run_eval: Eval, compressed: Path, text_file: Path, tmp_path: Path
+    run: Run, compressed: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Missing or damaged; transformers alone would make one up, or raise."""
     broken = Path(shutil.copytree(compressed, tmp_path / "broken"))
     (broken / "tokenizer.json").write_text("{")
-    damaged = run_eval(broken, "--perplexity", text_file, "--seq-len", 64)
+    command = ["eval", broken, "--perplexity", text_file, "--seq-len", 64]
+    damaged = run(*command)
     for file in broken.glob("tokenizer*"):
         file.unlink()
-    missing = run_eval(broken, "--perplexity", text_file, "--seq-len", 64)
-    for (code, out, err), complaint in ((damaged, "cannot read the tokenizer"), (missing, "no tokenizer_config.json")):
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert complaint in err
-        assert "copy the tokenizer files of the source model there" in err
+    missing = run(*command)
+    for ran, complaint in ((damaged, "cannot read the tokenizer"), (missing, "no tokenizer_config.json")):
+        assert_one_line(ran, complaint)
+        assert "copy the tokenizer files of the source model there" in ran.err

@@ -6,14 +6,14 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import change_file, logits_of, stored_tensors, token_ids
-from families import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
+from checkpoints import Lines, change_file, interrupt_at, logits_of, stored_tensors, token_ids
+from commands import Run, assert_one_line
+from families import VOCABULARY, save_model, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -24,7 +24,6 @@ import subbit
 from subbit import CheckpointError, Recipe, UserError
 from subbit.checkpoint.reader import open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter
-from subbit.cli import main
 from subbit.job import Job
 from subbit.packing.embedding import EmbeddingSpec, pack_matrix, pack_rows, quantize_rows
 from subbit.runtime.embedding import SubbitEmbedding, SubbitHead, TiedHead, embedding_scale
@@ -205,11 +204,10 @@ def test_a_loaded_model_is_its_dense_equivalent(family: str, width: str, tiny: T
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama-mha", "opt"])
-def test_bfloat16(family: str, recipe_for: Recipes, compress: Compress, tmp_path: Path) -> None:
+def test_bfloat16(family: str, compress: Compress, tmp_path: Path) -> None:
     """The embedding gives the dtype of the model, rounded as the dense one rounds; casts of the model change it."""
     source = tmp_path / "source"
-    tiny_model(family).to(torch.bfloat16).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
+    save_model(tiny_model(family).to(torch.bfloat16), source)
     out = compress(source)
     model, _ = subbit.load(out)
     dense = dense_equivalent(source, out, torch.bfloat16)
@@ -262,8 +260,7 @@ def test_saved_again_it_is_the_same(family: str, compress: Compress, tmp_path: P
     model, _ = subbit.load(out)
     model.tie_weights()  # transformers' own tying finds nothing to tie
     for name, options in {"whole": {}, "shards": {"max_shard_size": "20KB"}}.items():
-        model.save_pretrained(tmp_path / name, **options)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+        save_model(model, tmp_path / name, **options)
         before, after = stored_tensors(out), stored_tensors(tmp_path / name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
@@ -348,7 +345,7 @@ def test_tied_matrices_that_are_both_stored(equal: bool, compress: Compress, tmp
 
 
 def test_a_lookup_that_is_not_known_stays_dense(
-    compress: Compress, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compress: Compress, tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the head that is tied to it, and with the reason in the file and in what inspect prints."""
     monkeypatch.setattr("subbit.embeddings.embedding_scale", lambda module: None)
@@ -360,29 +357,15 @@ def test_a_lookup_that_is_not_known_stays_dense(
     model, _ = subbit.load(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.allclose(logits_of(model), logits_of(dense_equivalent(tiny("llama-gqa"), out)), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("sys.argv", ["subbit", "inspect", str(out)])
-    main_exits(0)
-    printed = capsys.readouterr().out
+    printed = run("inspect", out).out
     assert f"left dense: lm_head ({reason})" in printed
     assert "embeddings, norms, biases" in printed
-
-
-def main_exits(code: int) -> None:
-    """Run the command line."""
-    try:
-        main()
-        ended = 0
-    except SystemExit as end:
-        ended = int(end.code or 0)
-    assert ended == code
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_calibration_sees_the_packed_embedding(
-    compress: Compress, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_calibration_sees_the_packed_embedding(compress: Compress, monkeypatch: pytest.MonkeyPatch) -> None:
     """What enters the first layer is what enters it in the compressed model."""
     seen: list[tuple[Tensor, dict[str, Tensor]]] = []
     from subbit import pipeline
@@ -413,32 +396,16 @@ def test_every_matrix_is_packed_once_in_a_run(compress: Compress, monkeypatch: p
     assert len(packed) == 2
 
 
-class Progress:
-    """Keeps its lines; ``stop_at``: raises where a line begins with it."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.lines: list[str] = []
-        self._stop_at = stop_at
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        if self._stop_at and text.startswith(self._stop_at):
-            raise KeyboardInterrupt
-
-    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        return nullcontext(lambda done, total: None)
-
-
 @pytest.mark.parametrize("stop_at", ["layer 2/3", "model.embed_tokens = lm_head"])
 def test_a_resumed_run_gives_the_same_files(stop_at: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
     """Stopped among the layers, and when the embedding is packed; another width is another recipe."""
     recipe = recipe_for("rtn", embeddings="4bit")
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=Progress(stop_at))
+        subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", progress=Lines(interrupt_at(stop_at)))
     with pytest.raises(UserError, match="embeddings differs"):
         subbit.compress(tiny("llama-gqa"), recipe_for("rtn", embeddings="8bit"), tmp_path / "out", resume=True)
-    progress = Progress()
+    progress = Lines()
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out", resume=True, progress=progress)
     expected = f"model.embed_tokens = lm_head: 4 bits, {128 * 64 * 4:,} → {128 * 35:,} bytes, relative error 0."
     assert progress.lines[-1].startswith(expected)
@@ -459,8 +426,7 @@ def test_only_the_embeddings(compress: Compress, recipe_for: Recipes, tiny: Tiny
 def test_a_model_without_linears(recipe_for: Recipes, tmp_path: Path) -> None:
     """GPT-2 has matrices of another class: its embedding can be packed, and an override for nothing is one line."""
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=2, n_head=4, eos_token_id=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    save_model(AutoModelForCausalLM.from_config(config), tmp_path / "source")
     with pytest.raises(UserError, match="matches no linear of the model, which has none"):
         subbit.compress(tmp_path / "source", recipe_for(embeddings="8bit", overrides=ALL_DENSE), tmp_path / "out")
     subbit.compress(tmp_path / "source", recipe_for(embeddings="8bit"), tmp_path / "out")
@@ -476,23 +442,21 @@ def test_nan_is_an_error(name: str, compress: Compress, tmp_path: Path) -> None:
     model.get_parameter(name).data[5, 3] = torch.nan
     for value, complaint in [(torch.nan, "NaN or infinity"), (1e9, "too large for float16.*embeddings: keep")]:
         model.get_parameter(name).data[5, 3] = value
-        model.save_pretrained(tmp_path / "source")
-        tiny_tokenizer().save_pretrained(tmp_path / "source")
+        save_model(model, tmp_path / "source")
         with pytest.raises(UserError, match=f"{name.removesuffix('.weight')}.*{complaint}") as caught:
             compress(tmp_path / "source")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_the_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_recipe(run: Run, tmp_path: Path) -> None:
     """keep is the default; anything else than the three words is one clear line."""
     assert Recipe().embeddings == "keep"
     assert Recipe.create({"embeddings": "4bit"}).to_dict()["embeddings"] == "4bit"
     with pytest.raises(UserError, match=r"^recipe: embeddings: Input should be 'keep', '8bit' or '4bit'$"):
         Recipe.create({"embeddings": "5bit"})
-    monkeypatch.setattr("sys.argv", ["subbit", "compress", "x", "-o", str(tmp_path / "o"), "--embeddings", "5bit"])
-    main_exits(2)
-    assert capsys.readouterr().err == "error: recipe: embeddings: Input should be 'keep', '8bit' or '4bit'\n"
+    ran = run("compress", "x", "-o", tmp_path / "o", "--embeddings", "5bit")
+    assert_one_line(ran, "recipe: embeddings: Input should be 'keep', '8bit' or '4bit'")
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -528,14 +492,10 @@ def test_inspect_counts_the_bytes_of_the_files(family: str, width: str, compress
     assert sum("tied_to" in entry for entry in facts["embeddings"].values()) == TIED[family]
 
 
-def test_inspect_prints_it(
-    compress: Compress, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_prints_it(compress: Compress, run: Run) -> None:
     """The parts by their names."""
     out = compress("llama-gqa", overrides={})
-    monkeypatch.setattr("sys.argv", ["subbit", "inspect", str(out)])
-    main_exits(0)
-    printed = capsys.readouterr().out
+    printed = run("inspect", out).out
     assert "+ 8,576 packed embeddings + 1,792 norms, biases, others + " in printed
     assert "model.embed_tokens: 8 bits, 8.375 stored, 8,576 bytes" in printed
     assert "lm_head: the matrix of model.embed_tokens" in printed

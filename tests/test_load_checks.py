@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from itertools import product
 from math import comb
@@ -12,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import change_file, logits_of
+from commands import Run, assert_one_line
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import subbit
 from subbit import CheckpointError, Recipe
-from subbit.cli import main
 from subbit.integrations.transformers import release_files
 from subbit.packing import codec
 from subbit.packing.codec import check_codewords, codeword_bits, pack_bits
@@ -86,19 +85,11 @@ def test_symbol_bytes(compress: Callable[..., Path]) -> None:
     refused(directory, "a symbol byte is 250")
 
 
-def test_the_command_says_it_in_one_line(
-    compress: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_it_in_one_line(compress: Callable[..., Path], run: Run) -> None:
     directory = compress("codes", sparsity="2:8")
     change_file(directory, SHARD, lambda tensors: tensors[f"{NAME}.codes"][0, 0].fill_(127))
-    monkeypatch.setattr(sys, "argv", ["subbit", "generate", str(directory), "--prompt", "the river"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert f"{SHARD}: {NAME}: a codeword names mask 31" in error
+    ran = run("generate", directory, "--prompt", "the river")
+    assert_one_line(ran, f"{SHARD}: {NAME}: a codeword names mask 31")
 
 
 # ---- the check itself ------------------------------------------------------------------------------------------------

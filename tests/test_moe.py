@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Lines, interrupt_at, logits_of, stored_tensors
-from families import MOE_FAMILIES, save_tiny, tiny_config, tiny_model, tiny_tokenizer
+from families import MOE_FAMILIES, save_model, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV4Config, PreTrainedModel
@@ -322,8 +322,7 @@ def starved_model(directory: Path) -> Path:
         for layer in model.model.layers:
             gate = layer.mlp.gate.weight
             gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    save_model(model, directory)
     return directory
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run
 from families import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from subbit.cli import main
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import Perplexity, evaluate_perplexity, perplexity
 from subbit.evaluation.speed import decode_speed
@@ -234,19 +233,17 @@ EvalValue = Callable[[Path, int, int], float]
 
 
 @pytest.fixture
-def eval_value(data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> EvalValue:
+def eval_value(data_root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> EvalValue:
     """``eval_value(model, seq_len, windows)``: the perplexity on WikiText-2 that ``subbit eval --json`` prints."""
+    monkeypatch.setenv("SUBBIT_DATA", str(data_root))
 
-    def run(model: Path, seq_len: int, windows: int) -> float:
-        options = ["--perplexity", "wikitext2", "--seq-len", str(seq_len), "--max-windows", str(windows), "--json"]
-        monkeypatch.setenv("SUBBIT_DATA", str(data_root))
-        monkeypatch.setattr(sys, "argv", ["subbit", "eval", str(model), *options])
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="0"):
-            main()
-        return float(json.loads(capsys.readouterr().out)["perplexity"]["wikitext2"]["value"])
+    def call(model: Path, seq_len: int, windows: int) -> float:
+        options = ["--perplexity", "wikitext2", "--seq-len", seq_len, "--max-windows", windows, "--json"]
+        ran = run("eval", model, *options)
+        assert ran.code == 0, ran.err
+        return float(json.loads(ran.out)["perplexity"]["wikitext2"]["value"])
 
-    return run
+    return call
 
 
 def test_eval_on_wikitext2_equals_an_independent_computation(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Lines, logits_of, stored_tensors
-from families import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
+from families import FAMILIES, VOCABULARY, save_model, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -98,11 +98,10 @@ def test_a_loaded_model_is_its_dense_equivalent(
     assert float(expected.std()) > 0.1  # the comparison is not one of zeros
 
 
-def test_a_bfloat16_model_stays_bfloat16(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_a_bfloat16_model_stays_bfloat16(recipe_for: Recipes, tmp_path: Path) -> None:
     """What is not compressed keeps its dtype, "auto" loads it so, and both dtypes give the dense equivalent."""
     source, out = tmp_path / "source", tmp_path / "out"
-    tiny_model("qwen2").to(torch.bfloat16).save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
+    save_model(tiny_model("qwen2").to(torch.bfloat16), source)
     subbit.compress(source, recipe_for(), out)
     stored = stored_tensors(out)
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
@@ -354,23 +353,22 @@ def test_nan_in_the_source_is_named(name: str, value: float, recipe_for: Recipes
     model = tiny_model("llama-mha")
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
-    model.save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    save_model(model, tmp_path / "source")
     with pytest.raises(UserError, match=f"tensor {name} .*NaN or infinity") as caught:
         subbit.compress(tmp_path / "source", recipe_for("rtn"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert_no_checkpoint(tmp_path / "out")
 
 
-def test_weights_too_large_for_float16_scales_are_named(recipe_for: Recipes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["stbllm", "gptq"])
+def test_weights_too_large_for_float16_scales_are_named(method: str, recipe_for: Recipes, tmp_path: Path) -> None:
     """Scales are float16; a weight beyond 65504 cannot be represented and must not become infinity."""
     model = tiny_model("llama-mha")
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e7)
-    model.save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    save_model(model, tmp_path / "source")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj: its scales do not fit in float16"):
-        subbit.compress(tmp_path / "source", recipe_for("stbllm"), tmp_path / "out")
+        subbit.compress(tmp_path / "source", recipe_for(method), tmp_path / "out")
     assert_no_checkpoint(tmp_path / "out")
 
 
@@ -441,5 +439,4 @@ def tiny_llama(**changes: Any) -> PreTrainedModel:
 
 def save_llama(directory: Path, **changes: Any) -> None:
     """Save :func:`tiny_llama` with a tokenizer."""
-    tiny_llama(**changes).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    save_model(tiny_llama(**changes), directory)

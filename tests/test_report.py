@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cli
 from checkpoints import stored_tensors
+from commands import Run, assert_one_line
 
 import subbit
 from subbit import CheckpointError, Recipe, UserError
@@ -35,7 +35,6 @@ from subbit.reporting.svg import Axis, linear_ticks, log_ticks, pieces
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
-run = test_cli.run  # the fixture: a command line in this process
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +52,20 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
-PERPLEXITY = Perplexity(
-    dataset="wikitext2",
-    split="test",
-    origin="wikitext2 test",
-    value=23.456,
-    standard_error=1.25,
-    nll=3.155,
-    tokens=40940,
-    windows=20,
-    seq_len=2048,
-    stride=2048,
-    dtype="float32",
-    backend="native (AVX2)",
-    seconds=100.0,
-)
+TEXT_PROTOCOL: dict[str, Any] = {
+    "dataset": "wikitext2",
+    "split": "test",
+    "origin": "wikitext2 test",
+    "tokens": 40940,
+    "windows": 20,
+    "seq_len": 2048,
+    "stride": 2048,
+    "dtype": "float32",
+    "backend": "native (AVX2)",
+}
+PERPLEXITY = Perplexity(**TEXT_PROTOCOL, value=23.456, standard_error=1.25, nll=3.155, seconds=100.0)
 DIVERGENCE = Divergence(
-    dataset="wikitext2",
-    split="test",
-    origin="wikitext2 test",
+    **TEXT_PROTOCOL,
     reference="SmolLM2",
     reference_digest="0123456789abcdef",
     mean=0.8125,
@@ -82,15 +76,7 @@ DIVERGENCE = Divergence(
     top1=0.625,
     top1_standard_error=0.01,
     reference_perplexity=13.4,
-    tokens=40940,
-    windows=20,
-    seq_len=2048,
-    stride=2048,
-    dtype="float32",
-    backend="native (AVX2)",
 )
-
-
 FAILED = Measured("dense float32", "float32", 10**9, error="the process was killed by SIGKILL (out of memory?)")
 
 
@@ -163,17 +149,7 @@ def test_what_was_measured_can_be_read_back(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     first = json.loads(path.read_text())["measurements"][0]
     assert first["values"]["value"] == 23.456
-    assert first["protocol"] == {
-        "dataset": "wikitext2",
-        "split": "test",
-        "origin": "wikitext2 test",
-        "tokens": 40940,
-        "windows": 20,
-        "seq_len": 2048,
-        "stride": 2048,
-        "dtype": "float32",
-        "backend": "native (AVX2)",
-    }
+    assert first["protocol"] == TEXT_PROTOCOL
 
 
 def test_the_newest_of_one_protocol_wins(tmp_path: Path) -> None:
@@ -487,21 +463,21 @@ def test_a_place_that_cannot_be_written_to(name: str, checkpoint: Path, tmp_path
         subbit.report(checkpoint, tmp_path / name)
 
 
-def test_no_report_of_what_is_no_checkpoint(run: test_cli.Run, tiny: Tiny, copy: Path, tmp_path: Path) -> None:
+def test_no_report_of_what_is_no_checkpoint(run: Run, tiny: Tiny, copy: Path, tmp_path: Path) -> None:
     """A wrong path, a dense model, an unfinished run, a damaged file: one line each, no page."""
-    test_cli.assert_one_line(run("report", tmp_path / "nowhere", "-o", tmp_path / "r.html"), "is no directory")
-    test_cli.assert_one_line(run("report", tiny("llama-gqa"), "-o", tmp_path / "r.html"), "not compressed by subbit")
+    assert_one_line(run("report", tmp_path / "nowhere", "-o", tmp_path / "r.html"), "is no directory")
+    assert_one_line(run("report", tiny("llama-gqa"), "-o", tmp_path / "r.html"), "not compressed by subbit")
     (copy / "evaluation.json").write_text("{")
-    test_cli.assert_one_line(run("report", copy, "-o", tmp_path / "r.html"), "evaluation.json is damaged")
+    assert_one_line(run("report", copy, "-o", tmp_path / "r.html"), "evaluation.json is damaged")
     (copy / "config.json").unlink()
     (copy / ".subbit").mkdir()
-    test_cli.assert_one_line(run("report", copy, "-o", tmp_path / "r.html"), "is unfinished")
+    assert_one_line(run("report", copy, "-o", tmp_path / "r.html"), "is unfinished")
     assert not (tmp_path / "r.html").exists()
     with pytest.raises(CheckpointError):
         subbit.report(copy)
 
 
-def test_the_command_says_what_it_wrote(run: test_cli.Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_wrote(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     """Two paths."""
     ran = run("report", checkpoint, "-o", tmp_path)
     assert (ran.code, ran.out.split()) == (0, [str(tmp_path / "report.html"), str(tmp_path / "report.md")])

@@ -16,14 +16,14 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import Lines
-from families import VOCABULARY, tiny_tokenizer
+from families import VOCABULARY, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import subbit
@@ -32,7 +32,6 @@ from subbit.checkpoint import files
 from subbit.checkpoint.reader import open_checkpoint
 
 Recipes = Callable[..., Recipe]
-Events = Iterator[int]
 LAYERS = 3
 LOG = "subbit_log.jsonl"
 
@@ -49,8 +48,7 @@ def smallest_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source")
-    smallest_model().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    save_model(smallest_model(), directory)
     return directory
 
 
@@ -293,8 +291,7 @@ def test_another_recipe_is_refused(source: Path, recipe_for: Recipes, unfinished
 def test_another_model_is_refused(source: Path, recipe: Recipe, unfinished: Path, tmp_path: Path) -> None:
     """Other weights of the same shape, or the same weights in another dtype, are another model; a copy is not."""
     for name, model in {"seed": smallest_model(seed=1), "dtype": smallest_model().to(torch.bfloat16)}.items():
-        model.save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+        save_model(model, tmp_path / name)
         assert "another model" in refused(tmp_path / name, recipe, unfinished, resume=True)
     (tmp_path / "copy").mkdir()
     for path in source.iterdir():

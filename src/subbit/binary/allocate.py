@@ -25,10 +25,10 @@ def cosine_importance(before: Tensor, after: Tensor) -> float:
     return 1 / max(float((dot / norm.clamp_min(1e-12)).mean()), SMALLEST_COSINE)
 
 
-def outlier_share(weight: Tensor, activation_norm: Tensor, factor: float = 6.0) -> float:
-    """Share of the entries of |W|·‖x_j‖ above ``factor`` times their mean (OWL, arXiv 2310.05175; STBLLM's code)."""
+def outlier_share(weight: Tensor, activation_norm: Tensor) -> float:
+    """Share of the entries of |W|·‖x_j‖ above six times their mean (OWL, arXiv 2310.05175; STBLLM's code)."""
     metric = weight.abs() * activation_norm
-    return float((metric > factor * metric.mean()).float().mean())
+    return float((metric > 6 * metric.mean()).float().mean())
 
 
 def spread_importance(importance: Sequence[float], n_low: float, n_high: float) -> list[float]:

@@ -30,7 +30,9 @@ __all__ = [
     "check_context",
     "data_root",
     "eval_mode",
+    "is_text_file",
     "load_text",
+    "read_utf8",
     "sample_windows",
     "self_windows",
     "tokenize",
@@ -75,13 +77,17 @@ def load_text(source: str, split: str) -> Text:
     if source in DATASETS:
         local = _local_c4(split) if source == "c4" else _local_lines(source, split)
         return local or _from_hub(source, split)
-    path = Path(source)
-    if path.suffix in (".txt", ".jsonl"):
-        return _local_file(path)
+    if is_text_file(source):
+        return _local_file(Path(source))
     hint = " ('self' is for calibration only)" if source == SELF else ""
     raise UserError(
         f"unknown text source {source!r}{hint}: choose one of {', '.join(DATASETS)}, or a path to a .txt or .jsonl file"
     )
+
+
+def is_text_file(source: str) -> bool:
+    """Whether a source of text is a file, by its name, and no named data set."""
+    return Path(source).suffix in (".txt", ".jsonl")
 
 
 def _local_file(path: Path) -> Text:
@@ -127,15 +133,20 @@ def _join_ptb(lines: Iterable[str]) -> str:
     return " ".join(line.strip() for line in lines)
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path, name: str, if_missing: str, if_spoilt: str) -> str:
+    """A whole file. UserError, which calls it `name`, where it is missing, spoilt (not UTF-8) or cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"text file {path} does not exist: check the path") from None
+        raise UserError(f"{name} does not exist: {if_missing}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"text file {path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}): {if_spoilt}") from None
     except OSError as error:
-        raise UserError(f"text file {path} cannot be read ({error.strerror}): name a readable file") from None
+        raise UserError(f"{name} cannot be read ({error.strerror}): name a readable file") from None
+
+
+def _read(path: Path) -> str:
+    text = read_utf8(path, f"text file {path}", "check the path", "convert it to UTF-8")
     if not text.strip():
         raise UserError(f"text file {path} is empty: give one with text in it")
     return text
@@ -339,7 +350,7 @@ def _windows_of(
     if source == SELF:
         windows = self_windows(load_model(), tokenizer, samples, seq_len, seed, progress=progress)
         return windows, f"text sampled from the model itself (temperature 1, seed {seed})"
-    if source not in DATASETS and Path(source).suffix not in (".txt", ".jsonl"):
+    if source not in DATASETS and not is_text_file(source):
         choices = ", ".join((*DATASETS, SELF))
         raise UserError(
             f"unknown calibration source {source!r}: choose {choices}, a path to a .txt or .jsonl file, or several of "

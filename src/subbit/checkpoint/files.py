@@ -25,6 +25,7 @@ __all__ = [
     "MANIFEST_FILE",
     "RECIPE_FILE",
     "StoredTensor",
+    "make_folder",
     "read_header",
     "sha256",
     "write_json",
@@ -108,6 +109,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             hint = "free some space and run again with --resume"
             raise UserError(f"no space left while writing {path}; {hint}") from None
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def make_folder(folder: Path) -> None:
+    """With those above it, unless it is there; UserError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:

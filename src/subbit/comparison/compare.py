@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from subbit.checkpoint.files import write_text
+from subbit.checkpoint.files import make_folder, write_text
 from subbit.comparison.figures import check_matplotlib, draw
 from subbit.comparison.rows import read_sections
 from subbit.comparison.tables import markdown
-from subbit.errors import UserError
 
 __all__ = ["TABLE_FILE", "compare"]
 
@@ -44,10 +43,7 @@ def compare(
     if figures:
         check_matplotlib()
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    make_folder(out)
     write_text(out / TABLE_FILE, table)
     if figures:
         draw(sections, out, Path(published) if published else None)

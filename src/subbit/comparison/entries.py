@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from subbit.calibration.text import DATASETS, SPLITS
+from subbit.calibration.text import DATASETS, SPLITS, is_text_file
 from subbit.checkpoint.files import sha256
 from subbit.effort import merge, with_effort
 from subbit.errors import UserError
@@ -72,7 +72,7 @@ class Protocol:
         if not self.datasets:
             raise UserError("give at least one data set or text file to evaluate on")
         for dataset in self.datasets:
-            if dataset not in DATASETS and not (is_file(dataset) and Path(dataset).is_file()):
+            if dataset not in DATASETS and not (is_text_file(dataset) and Path(dataset).is_file()):
                 known = ", ".join(DATASETS)
                 raise UserError(f"unknown data set {dataset!r}: choose {known}, or a .txt or .jsonl file that exists")
         names = [dataset_name(dataset) for dataset in self.datasets]
@@ -127,17 +127,12 @@ def short_hash(value: Any) -> str:
 def fingerprint(source: str) -> str:
     """A data set by its name, a file by its contents: a folder that moves changes nothing, an edited text does."""
     path = Path(source)
-    return f"file {sha256(path)}" if is_file(source) and path.is_file() else source
-
-
-def is_file(source: str) -> bool:
-    """Whether a source of text is a file and no named data set."""
-    return Path(source).suffix in (".txt", ".jsonl")
+    return f"file {sha256(path)}" if is_text_file(source) and path.is_file() else source
 
 
 def dataset_name(dataset: str) -> str:
     """What a data set is called in results: a file by its name without the folder."""
-    return Path(dataset).name if is_file(dataset) else dataset
+    return Path(dataset).name if is_text_file(dataset) else dataset
 
 
 # ---- lists of entries ------------------------------------------------------------------------------------------------

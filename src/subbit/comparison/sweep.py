@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subbit.checkpoint.files import write_json
+from subbit.checkpoint.files import make_folder, write_json
 from subbit.comparison.entries import Entry, Protocol, dataset_key, dataset_name, entry_key, recipe_key
 from subbit.comparison.results import DONE, FAILED, place, read_results, record
 from subbit.comparison.tasks import Task, facts_file, read_facts
 from subbit.errors import UserError
+from subbit.process import how_it_ended, run_module
 from subbit.progress import Progress, SilentProgress
 
 __all__ = ["Sweep", "sweep"]
@@ -89,10 +86,7 @@ def sweep(
     run = Sweep(
         str(model), out, protocol, folder, keep, retry, unpack, device, trust_remote_code, progress or SilentProgress()
     )
-    try:
-        facts_file(folder / "model").parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+    make_folder(facts_file(folder / "model").parent)
     try:
         facts = model_facts(run)
         keys = run_all(run, entries, facts)
@@ -245,30 +239,9 @@ def run_task(run: Sweep, task: Task) -> str | None:
     file = Path(task.facts)
     if "error" in read_facts(file):
         write_json(file, {name: found for name, found in read_facts(file).items() if name != "error"})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "subbit.comparison.worker"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert process.stdin is not None
-    try:
-        with process.stdin:  # open until the worker is done: its end would be the worker's
-            process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
-            process.stdin.flush()
-            code = process.wait()
-    except BrokenPipeError:
-        code = process.wait()
-    except BaseException:
-        process.wait()
-        raise
-    return None if code == 0 else str(read_facts(file).get("error") or how_it_ended(task.kind, code))
-
-
-def how_it_ended(kind: str, code: int) -> str:
-    """For a worker that could not say it itself."""
-    step = {"model": "reading the model", "compress": "compressing", "evaluate": "evaluating"}[kind]
-    if code >= 0:
-        return f"{step} ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"{step} was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    code, _ = run_module("subbit.comparison.worker", task)
+    step = {"model": "reading the model", "compress": "compressing", "evaluate": "evaluating"}[task.kind]
+    return None if code == 0 else str(read_facts(file).get("error") or how_it_ended(step, code))
 
 
 # ---- what a person reads ---------------------------------------------------------------------------------------------

@@ -1,19 +1,14 @@
 """One step of a sweep in a process of its own, so that its peak memory and its end are its own.
 
-``python -m subbit.comparison.worker`` reads a :class:`subbit.comparison.tasks.Task` as one line of JSON from standard
-input, and leaves what it found in the file that the task names. When that input ends the sweep is gone, and the worker
-goes too: two of them must never write one checkpoint.
+``python -m subbit.comparison.worker`` does a :class:`subbit.comparison.tasks.Task` and leaves what it found in the file
+that the task names. It ends with the sweep (:mod:`subbit.process`): two workers must never write one checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import platform
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,12 +20,14 @@ import transformers
 import subbit
 from subbit.comparison.entries import Protocol, dataset_key, dataset_name
 from subbit.comparison.tasks import Task, read_facts, save_facts
+from subbit.device import pick_device
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import evaluate_perplexity
 from subbit.loading import load_any
 from subbit.models.layout import find_layout, layer_linears
-from subbit.models.source import open_source
-from subbit.pipeline import compress, model_digest, pick_device
+from subbit.models.source import model_digest, open_source
+from subbit.pipeline import compress
+from subbit.process import environment, peak_bytes, read_job
 from subbit.progress import ConsoleProgress
 from subbit.recipe import Recipe
 from subbit.runtime.linear import SubbitLinear
@@ -164,74 +161,14 @@ def unpack_linears(model: transformers.PreTrainedModel) -> None:
             model.set_submodule(name, dense)
 
 
-# ---- where it ran ----------------------------------------------------------------------------------------------------
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had.
-
-    Linux hands the ru_maxrss of a process on to its children, so there the mark of this process alone is read.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and machine."""
-    chosen = pick_device(device)
-    return {
-        "versions": {
-            "subbit": subbit.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "processor": processor(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": platform.system(),
-            "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
-        },
-    }
-
-
-def processor() -> str:
-    """The model name of the CPU, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 KINDS = {"model": describe_model, "compress": compress_entry, "evaluate": evaluate_entry}
 
 
-def leave_with_parent() -> None:
-    """End this process as soon as its standard input does; what a step has written so far is whole at any moment."""
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> int:
     """Exit codes: 0 done, 2 a mistake of the user, 1 one of ours; the facts then have the error in one line."""
-    task = Task(**json.loads(sys.stdin.readline()))
-    leave_with_parent()
-    transformers.utils.logging.set_verbosity_error()
+    task = Task(**read_job())
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:

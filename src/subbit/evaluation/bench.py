@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from rich.table import Column, Table
 from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
 from subbit.errors import UserError
 from subbit.models.source import open_source
+from subbit.process import how_it_ended, run_module
 from subbit.progress import Progress, SilentProgress
 
 __all__ = ["Bench", "Job", "Measured", "Round", "bench", "bench_table"]
@@ -179,24 +177,13 @@ def run_rounds(
 
 def run_worker(job: Job) -> Round | str:
     """One measurement, or in a line why there is none; UserError for a mistake of the user."""
-    command = [sys.executable, "-m", "subbit.evaluation.bench_worker"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
-            process.stdin.flush()  # it stays open until the worker is done: its end would be the worker's
-            lines = process.stdout.read().splitlines()
-            code = process.wait()
-        except BrokenPipeError:
-            lines, code = [], process.wait()
+    code, output = run_module("subbit.evaluation.bench_worker", job)
     if code < 0:
-        name = signal.Signals(-code).name
-        return f"the process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return how_it_ended("the process", code)
     try:
-        result = json.loads(lines[-1])
+        result = json.loads(output.splitlines()[-1])
     except (IndexError, ValueError):
-        return f"the process ended with exit code {code}"
+        return how_it_ended("the process", code)
     if "error" in result:
         raise UserError(result["error"])
     return Round(**result)

@@ -1,8 +1,7 @@
 """One measurement of ``subbit bench`` in a process of its own, so that its peak memory and its end are its own.
 
-``python -m subbit.evaluation.bench_worker`` reads a :class:`subbit.evaluation.bench.Job` as one line of JSON from
-standard input, and writes a :class:`subbit.evaluation.bench.Round`, or ``{"error": …}``, as the last line of standard
-output. It ends when that input does.
+``python -m subbit.evaluation.bench_worker`` does a :class:`subbit.evaluation.bench.Job` and writes a
+:class:`subbit.evaluation.bench.Round`, or ``{"error": …}``, as the last line of standard output, as JSON.
 """
 
 from __future__ import annotations
@@ -11,20 +10,18 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subbit.comparison.worker import environment, leave_with_parent, peak_bytes
 from subbit.errors import UserError
 from subbit.evaluation.bench import Job, Round
 from subbit.evaluation.speed import random_prompt, token_speed
 from subbit.loading import load, load_any
 from subbit.models.decoding import decode_step
+from subbit.process import environment, peak_bytes, read_job, resident_bytes
 from subbit.runtime.embedding import SubbitEmbedding, TiedHead
 from subbit.runtime.linear import PackedModule
 
@@ -36,7 +33,7 @@ def measure(job: Job) -> Round:
     if job.threads:
         torch.set_num_threads(job.threads)
     before, started = resident_bytes(), time.perf_counter()
-    model, _ = load_packed(job) if job.dtype is None else load_any(job.path, getattr(torch, job.dtype))
+    model, _ = load(job.path) if job.dtype is None else load_any(job.path, getattr(torch, job.dtype))
     seconds = time.perf_counter() - started
     prompt = random_prompt(model, job.prompt_tokens)
     speed = token_speed(model, prompt, job.new_tokens)
@@ -52,11 +49,6 @@ def measure(job: Job) -> Round:
         dtype=str(model.dtype).removeprefix("torch."),
         environment=environment("cpu"),
     )
-
-
-def load_packed(job: Job) -> tuple[PreTrainedModel, Any]:
-    """The compressed checkpoint, as a user loads it."""
-    return load(job.path)
 
 
 def bytes_read(model: PreTrainedModel, prompt: Tensor) -> int:
@@ -87,20 +79,9 @@ def weight_bytes(module: nn.Module) -> int:
     return own // module.num_embeddings if isinstance(module, nn.Embedding) else own
 
 
-def resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
-    except (OSError, StopIteration):
-        return 0
-
-
 def main() -> int:
     """Exit codes: 0 done, 2 a mistake of the user."""
-    job = Job(**json.loads(sys.stdin.readline()))
-    leave_with_parent()
-    transformers.utils.logging.set_verbosity_error()
+    job = Job(**read_job())
     transformers.utils.logging.disable_progress_bar()
     try:
         print(json.dumps(dataclasses.asdict(measure(job))), flush=True)

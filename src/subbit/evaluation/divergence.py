@@ -18,7 +18,7 @@ import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,11 +30,10 @@ from transformers import PreTrainedModel
 from subbit.calibration.text import Progress
 from subbit.checkpoint.files import write_atomically
 from subbit.errors import UserError
-from subbit.evaluation.perplexity import Perplexity, mean_with_error
+from subbit.evaluation.perplexity import Perplexity, TextProtocol, mean_with_error
 from subbit.models.layout import ModelLayout, find_layout
-from subbit.models.source import ModelSource
+from subbit.models.source import ModelSource, model_digest
 from subbit.models.streaming import capture_inputs, materialize, outside_on_demand, release, run_head, run_layer
-from subbit.pipeline import model_digest
 
 __all__ = ["Comparison", "DenseCache", "Divergence", "Reference", "divergence_of", "ensure_cached"]
 
@@ -44,7 +43,7 @@ _GROUP_BYTES = 1 << 30  # hidden states of the windows that go through the dense
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(TextProtocol):
     """KL(dense ‖ model) in nats a token, and how often both put the same token first.
 
     p99 is the 99th percentile over tokens, interpolated; standard errors take windows as independent samples and are
@@ -52,9 +51,6 @@ class Divergence:
     all values are right to 1e-5: what is rounded differently are float32 sums.
     """
 
-    dataset: str
-    split: str
-    origin: str
     reference: str
     reference_digest: str
     mean: float
@@ -65,12 +61,6 @@ class Divergence:
     top1: float
     top1_standard_error: float | None
     reference_perplexity: float
-    tokens: int
-    windows: int
-    seq_len: int
-    stride: int
-    dtype: str
-    backend: str
 
 
 # ---- the dense model -------------------------------------------------------------------------------------------------
@@ -244,9 +234,7 @@ class Comparison:
         mean, error = mean_with_error([float(window.mean()) for window in self._divergences])
         top1, top1_error = mean_with_error([float(window.double().mean()) for window in self._agreements])
         return Divergence(
-            dataset=measured.dataset,
-            split=measured.split,
-            origin=measured.origin,
+            **{field.name: getattr(measured, field.name) for field in fields(TextProtocol)},
             reference=self._reference.name,
             reference_digest=self._reference.digest[:16],
             mean=mean,
@@ -257,12 +245,6 @@ class Comparison:
             top1=top1,
             top1_standard_error=top1_error,
             reference_perplexity=math.exp(statistics.fmean(self._nlls)),
-            tokens=measured.tokens,
-            windows=measured.windows,
-            seq_len=measured.seq_len,
-            stride=measured.stride,
-            dtype=measured.dtype,
-            backend=measured.backend,
         )
 
 

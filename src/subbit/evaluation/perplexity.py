@@ -22,6 +22,7 @@ from subbit.runtime.linear import SubbitLinear
 __all__ = [
     "Observer",
     "Perplexity",
+    "TextProtocol",
     "backend_of",
     "evaluate_perplexity",
     "mean_with_error",
@@ -37,33 +38,42 @@ _CHUNK = 128
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """A perplexity with everything needed to read and to repeat it.
+class TextProtocol:
+    """How something was measured on the windows of a text.
 
-    standard_error is of `value` (delta method, windows as independent samples), None for a single window.
-    nll is in nats a token; tokens counts predicted tokens; stride is the distance of two windows' starts; backend says
-    what multiplies with the linears; seconds is wall time of the forward passes.
+    tokens counts predicted tokens; stride is the distance of two windows' starts; backend says what multiplies with the
+    linears.
     """
 
     dataset: str
     split: str
     origin: str
-    value: float
-    standard_error: float | None
-    nll: float
     tokens: int
     windows: int
     seq_len: int
     stride: int
     dtype: str
     backend: str
-    seconds: float
 
     @property
     def protocol(self) -> str:
         """How the number was measured, in one line."""
         windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
         return f"{self.seq_len}-token windows, no overlap, {windows}, {self.tokens:,} predicted tokens, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Perplexity(TextProtocol):
+    """A perplexity with everything needed to read and to repeat it.
+
+    standard_error is of `value` (delta method, windows as independent samples), None for a single window.
+    nll is in nats a token; seconds is wall time of the forward passes.
+    """
+
+    value: float
+    standard_error: float | None
+    nll: float
+    seconds: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,15 +124,15 @@ def perplexity(
         dataset=dataset,
         split=split,
         origin=origin,
-        value=value,
-        standard_error=standard_error,
-        nll=statistics.fmean(nlls),
         tokens=len(nlls) * (seq_len - 1),
         windows=len(nlls),
         seq_len=seq_len,
         stride=seq_len,
         dtype=str(model.dtype).removeprefix("torch."),
         backend=backend_of(model),
+        value=value,
+        standard_error=standard_error,
+        nll=statistics.fmean(nlls),
         seconds=seconds,
     )
 
@@ -135,7 +145,6 @@ def evaluate_perplexity(
     split: str = "test",
     seq_len: int = 2048,
     max_windows: int | None = None,
-    observe: Observer | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """`perplexity` of a named data set or a local file (see `load_text`). Raises UserError as both do."""
@@ -148,7 +157,6 @@ def evaluate_perplexity(
         origin=text.origin,
         seq_len=seq_len,
         max_windows=max_windows,
-        observe=observe,
         progress=progress,
     )
 

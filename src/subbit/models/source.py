@@ -8,6 +8,7 @@ as 3-D parameters is one of those held in memory. Pickled weights are never read
 """
 
 import copy
+import hashlib
 import importlib.util
 import json
 import re
@@ -34,7 +35,7 @@ from transformers import (
 from subbit.errors import UserError
 from subbit.models.experts import RoutedExperts, split_experts
 
-__all__ = ["ModelSource", "open_source"]
+__all__ = ["ModelSource", "model_digest", "open_source"]
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -194,6 +195,20 @@ def open_source(model: str | Path, trust_remote_code: bool = False) -> ModelSour
     if missing:
         return _open_whole(directory, None, trust_remote_code)
     return _make_source(directory, config, reference, store, stored_names, None, None, trust_remote_code)
+
+
+def model_digest(source: ModelSource) -> str:
+    """Tells models apart: config, tensor names, shapes, dtypes and the first values of every tensor.
+
+    Where the model lies and which transformers reads it is no part of it: it must be the same after a move.
+    """
+    config = {k: v for k, v in source.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(source.names):
+        tensor = source.tensor(name)
+        head = tensor.flatten()[:64].float().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + head)
+    return digest.hexdigest()
 
 
 # ---- finding the files -----------------------------------------------------------------------------------------------

@@ -31,25 +31,18 @@ __all__ = ["LayerCall", "capture_inputs", "materialize", "outside_on_demand", "r
 # ---- tensors in and out ----------------------------------------------------------------------------------------------
 
 
-def materialize(
-    module: nn.Module,
-    prefix: str,
-    source: ModelSource,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> None:
+def materialize(module: nn.Module, prefix: str, source: ModelSource, *, device: torch.device | str = "cpu") -> None:
     """Fill a meta-device module with its real parameters and buffers.
 
     Parameters and persistent buffers come from `source` under `prefix` + "." + local name, floating-point ones as
-    `dtype`; parameters do not require gradients, and tied ones stay one tensor. Buffers that no checkpoint stores
+    float32; parameters do not require gradients, and tied ones stay one tensor. Buffers that no checkpoint stores
     (rotary frequencies, embedding scales) are computed by the model's own initialiser, and keep their dtype.
     A `UserError` names a tensor that holds NaN or infinity, or a buffer that cannot be computed.
     """
     release(module)
     filled: dict[str, nn.Parameter] = {}
     for path, submodule in module.named_modules():
-        _fill(submodule, _join(prefix, path), source, filled, dtype, device)
+        _fill(submodule, _join(prefix, path), source, filled, device)
 
 
 def release(module: nn.Module) -> None:
@@ -62,26 +55,23 @@ def _fill(
     path: str,
     source: ModelSource,
     filled: dict[str, nn.Parameter],
-    dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
     """Fill the tensors that `module` itself owns; `filled` (stored name → parameter) keeps tied parameters tied."""
     # Buffers first: the initialiser also touches the parameters, which costs nothing while they are still on meta.
-    _fill_buffers(module, path, source, dtype, device)
+    _fill_buffers(module, path, source, device)
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
         full_name = _join(path, name)
         stored = source.stored_name(full_name)
         if stored not in filled:
-            tensor = _read(source, full_name, dtype, device)
+            tensor = _read(source, full_name, device)
             filled[stored] = nn.Parameter(tensor, requires_grad=False)
         module._parameters[name] = filled[stored]
 
 
-def _fill_buffers(
-    module: nn.Module, path: str, source: ModelSource, dtype: torch.dtype, device: torch.device | str
-) -> None:
+def _fill_buffers(module: nn.Module, path: str, source: ModelSource, device: torch.device | str) -> None:
     buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
     persistent = {n for n in buffers if n not in module._non_persistent_buffers_set and _join(path, n) in source}
     computed = [name for name in buffers if name not in persistent]
@@ -89,7 +79,7 @@ def _fill_buffers(
         _initialise_buffers(module, path, computed, source)
     for name in buffers:
         if name in persistent:
-            module._buffers[name] = _read(source, _join(path, name), dtype, device)
+            module._buffers[name] = _read(source, _join(path, name), device)
         else:
             module._buffers[name] = module.get_buffer(name).to(device)
 
@@ -111,15 +101,15 @@ def _initialise_buffers(module: nn.Module, path: str, names: list[str], source: 
             )
 
 
-def _read(source: ModelSource, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A private copy of a source tensor, checked to be finite, floating-point ones as `dtype`."""
+def _read(source: ModelSource, name: str, device: torch.device | str) -> Tensor:
+    """A private copy of a source tensor, checked to be finite, floating-point ones as float32."""
     tensor = source.tensor(name)
     if not tensor.is_floating_point():
         return tensor.to(device, copy=True)
     # The extremes carry NaN along, and take a twentieth of the time of isfinite() on the whole tensor.
     if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         raise UserError(f"tensor {name} in {source.directory} holds NaN or infinity; download the model again")
-    return tensor.to(device=device, dtype=dtype, copy=True)
+    return tensor.to(device=device, dtype=torch.float32, copy=True)
 
 
 def _join(prefix: str, name: str) -> str:
@@ -138,7 +128,7 @@ def outside_on_demand(
         def fill(module: nn.Module, args: Any) -> None:
             if any(tensor.is_meta for tensor in _own_tensors(module)):
                 touched.append(module)
-                _fill(module, path, source, tied, torch.float32, device)
+                _fill(module, path, source, tied, device)
 
         return fill
 

@@ -150,15 +150,15 @@ class HeatMap:
     high: str
 
 
-def heat_map(grid: Grid, low: str, high: str, log: bool = False) -> HeatMap:
+def heat_map(grid: Grid, low: str, high: str) -> HeatMap:
     """Colours for a grid, from its lowest to its highest number.
 
     Args:
         low: what the key says at its pale end.
-        log: equal ratios are equal steps.
+        high: and at its deep one.
     """
     known = grid.known
-    axis = Axis(min(known), max(known), 0, STEPS, log) if known else None
+    axis = Axis(min(known), max(known), 0, STEPS) if known else None
     rows = []
     for name, values, texts, notes in zip(grid.rows, grid.values, grid.texts, grid.notes, strict=True):
         steps = [None if v is None or axis is None else step_of(axis, v) for v in values]
@@ -189,7 +189,7 @@ def tuning_chart(facts: Facts) -> Markup:
     before = Line("before tuning", [tuning.before for tuning in facts.tuning], "s1 dashed")
     after = Line("after", [tuning.after for tuning in facts.tuning], "s0")
     names = [tuning.layer for tuning in facts.tuning]
-    return line_chart([before, after], names, "tuning", "decoder layer", "error of the layer's output", log=False)
+    return line_chart([before, after], names, "tuning", "error of the layer's output", log=False)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def peaks_chart(facts: Facts, peaks: Sequence[InputPeaks], tokens: bool) -> Mark
         Line(peak.name, [above_zero(v) for v in (peak.tokens if tokens else peak.channels)], f"s{number % SERIES}")
         for number, peak in enumerate(peaks)
     ]
-    return line_chart(lines, rows, title, "decoder layer", f"{title} (log scale)", log=True)
+    return line_chart(lines, rows, title, f"{title} (log scale)", log=True)
 
 
 def above_zero(value: float | None) -> float | None:

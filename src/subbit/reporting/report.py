@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from subbit.checkpoint.files import write_text
+from subbit.checkpoint.files import make_folder, write_text
 from subbit.errors import UserError
 from subbit.progress import Progress, SilentProgress
 from subbit.reporting.facts import read_facts
@@ -52,10 +52,7 @@ def report(
         settings = max_new_tokens, device, trust_remote_code, progress or SilentProgress()
         written = generate(Path(directory), reference, list(prompts) or list(PROMPTS), *settings)
     text = page.with_suffix(".md")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {page.parent}: {error.strerror or error}") from None
+    make_folder(page.parent)
     write_text(page, render_html(facts, written))
     write_text(text, render_markdown(facts, written))
     return page, text

@@ -7,7 +7,7 @@ viewBox, about a pixel each; texts are sized so that they can be read on a phone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -38,9 +38,10 @@ class Axis:
         share = (value - low) / (high - low) if high > low else 0.5
         return self.start + share * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        """About ``count`` round numbers."""
-        return log_ticks(self.low, self.high, count) if self.log else linear_ticks(self.low, self.high, count)
+    @property
+    def ticks(self) -> list[float]:
+        """About five round numbers."""
+        return (log_ticks if self.log else linear_ticks)(self.low, self.high, 5)
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
@@ -101,18 +102,18 @@ class Canvas:
         """The SVG element, for a page."""
         return Markup(ElementTree.tostring(self._root, encoding="unicode"))
 
-    def x_axis(self, axis: Axis, y: float, top: float, title: str, write: Callable[[float], str] = short) -> None:
+    def x_axis(self, axis: Axis, y: float, top: float, title: str) -> None:
         """Ticks below ``y`` with grid lines up to ``top``, and what is shown."""
-        for value in axis.ticks():
+        for value in axis.ticks:
             self.add("line", "grid", x1=axis(value), x2=axis(value), y1=top, y2=y)
-            self.add("text", "tick middle", write(value), x=axis(value), y=y + 14)
+            self.add("text", "tick middle", short(value), x=axis(value), y=y + 14)
         self.add("text", "axis middle", title, x=(axis.start + axis.end) / 2, y=y + 30)
 
-    def y_axis(self, axis: Axis, x: float, right: float, title: str, write: Callable[[float], str] = short) -> None:
+    def y_axis(self, axis: Axis, x: float, right: float, title: str) -> None:
         """Ticks left of ``x`` with grid lines to ``right``, and what is shown, above the plot."""
-        for value in axis.ticks():
+        for value in axis.ticks:
             self.add("line", "grid", x1=x, x2=right, y1=axis(value), y2=axis(value))
-            self.add("text", "tick end", write(value), x=x - 5, y=axis(value) + 3.5)
+            self.add("text", "tick end", short(value), x=x - 5, y=axis(value) + 3.5)
         self.add("text", "axis", title, x=2.0, y=11.0)
 
     def labels(
@@ -163,13 +164,11 @@ class Line:
     classes: str
 
 
-def line_chart(
-    lines: Sequence[Line], names: Sequence[str], title: str, x_title: str, y_title: str, log: bool
-) -> Markup:
+def line_chart(lines: Sequence[Line], names: Sequence[str], title: str, y_title: str, log: bool) -> Markup:
     """Values over decoder layers.
 
     Args:
-        names: of the places along x, as many as every line has values.
+        names: of the layers, as many as every line has values.
         log: of the y axis.
     """
     canvas, bottom, left, right = Canvas(230, title), 190.0, 42.0, WIDTH - 8
@@ -181,7 +180,7 @@ def line_chart(
     step = max(1, round(len(names) / 8))
     for number in range(0, len(names), step):
         canvas.add("text", "tick middle", names[number], x=x(number), y=bottom + 14)
-    canvas.add("text", "axis middle", x_title, x=(left + right) / 2, y=bottom + 30)
+    canvas.add("text", "axis middle", "decoder layer", x=(left + right) / 2, y=bottom + 30)
     for line in lines:
         for piece in pieces([None if value is None else (x(n), y(value)) for n, value in enumerate(line.values)]):
             canvas.path(f"line {line.classes}", piece)

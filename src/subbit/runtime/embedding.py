@@ -44,9 +44,9 @@ def embedding_scale(module: nn.Module) -> EmbeddingScale | None:
     return EmbeddingScale(float(value), scalar is not None) if isinstance(value, (int, float)) else None
 
 
-def remember_dtype(module: nn.Module, dtype: torch.dtype | None, device: str | None) -> None:
+def remember_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Give a module a buffer without a number: casts of the model change its dtype as they change that of weights."""
-    module.register_buffer("dtype_of_model", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    module.register_buffer("dtype_of_model", torch.empty(0, dtype=dtype), persistent=False)
 
 
 def model_dtype(module: nn.Module) -> torch.dtype:
@@ -87,14 +87,13 @@ class SubbitEmbedding(PackedModule):
         scale: EmbeddingScale | None = None,
         dtype: torch.dtype | None = None,
         padding_idx: int | None = None,
-        device: str | None = None,
     ) -> None:
-        super().__init__(spec, device)
+        super().__init__(spec)
         self.num_embeddings = spec.out_features
         self.embedding_dim = spec.in_features
         self.padding_idx = padding_idx  # some models read it; for inference it means nothing
         self.scale = scale or EmbeddingScale()
-        remember_dtype(self, dtype, device)
+        remember_dtype(self, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -120,10 +119,9 @@ class SubbitHead(SubbitLinear):
         spec: EmbeddingSpec,
         bias: nn.Parameter | None = None,
         dtype: torch.dtype | None = None,
-        device: str | None = None,
     ) -> None:
-        super().__init__(spec, bias, device)
-        remember_dtype(self, dtype, device)
+        super().__init__(spec, bias)
+        remember_dtype(self, dtype)
 
     @property
     def weight(self) -> Tensor:

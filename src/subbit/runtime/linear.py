@@ -33,11 +33,11 @@ class PackedModule(nn.Module):
     No ``nn.Linear`` or ``nn.Embedding``: model code that initializes weights must not find one here.
     """
 
-    def __init__(self, spec: LinearSpec, device: str | None = None) -> None:
+    def __init__(self, spec: LinearSpec) -> None:
         super().__init__()
         self.spec = spec
         for name, (shape, dtype) in spec.tensors().items():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -75,8 +75,8 @@ class SubbitLinear(PackedModule):
     the stored tensors, by :meth:`packed`, the state dict or a move to another device, gets them rebuilt.
     """
 
-    def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None, device: str | None = None) -> None:
-        super().__init__(spec, device)
+    def __init__(self, spec: LinearSpec, bias: nn.Parameter | None = None) -> None:
+        super().__init__(spec)
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.register_parameter("bias", bias)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from subbit.calibration.text import data_root
+from subbit.calibration.text import data_root, read_utf8
 from subbit.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +60,9 @@ def read_items(task: str) -> list[Item]:
     """All items of a task. UserError for a file that is missing, empty or malformed: with its line."""
     local = LOCAL_TASKS[task]
     path = data_root() / "tasks" / local.file
+    text = read_utf8(path, f"{task}: {path}", "set SUBBIT_DATA to the folder that has tasks/", "get the file again")
     try:
-        items = list(local.parse(path.read_text(encoding="utf-8-sig")))
-    except FileNotFoundError:
-        raise UserError(f"{task}: {path} does not exist; set SUBBIT_DATA to the folder that has tasks/") from None
-    except OSError as error:
-        raise UserError(f"{task}: {path} cannot be read ({error.strerror}); name a readable file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{task}: {path} is not UTF-8 (byte {error.start}); get the file again") from None
+        items = list(local.parse(text))
     except _Malformed as error:
         raise UserError(f"{task}: {path}, line {error.line}: {error}; get the file again") from None
     if not items:
