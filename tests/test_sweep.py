@@ -86,6 +86,8 @@ def test_a_key_knows_what_changes_the_numbers_and_nothing_else(recipe_for: Recip
     moved = text_file.with_name("moved.txt")
     moved.write_text(text_file.read_text())
     same = recipe_for("stbllm", calibration={"source": str(moved)})
+    several = recipe_for("stbllm", calibration={"source": f"wikitext2, {moved}"})
+    mixed = entry_key(several, "model", protocol)
     assert key == entry_key(Recipe.create(recipe.to_dict()), "model", Protocol(("c4", "wikitext2")))
     assert key == entry_key(same, "model", protocol)
     others = {
@@ -101,6 +103,9 @@ def test_a_key_knows_what_changes_the_numbers_and_nothing_else(recipe_for: Recip
     moved.write_text("another text")
     others.add(entry_key(same, "model", protocol))
     assert len(others) == 9
+    assert mixed == entry_key(recipe_for("stbllm", calibration={"source": f"wikitext2,{text_file}"}), "model", protocol)
+    moved.write_text(text_file.read_text() + "more")
+    assert mixed != entry_key(several, "model", protocol)
 
 
 # ---- lists of entries ------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ def compress(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples; or several of "
-            "these with commas between."
+            help="wikitext2, ptb, c4, a .txt or .jsonl file, or self: text that the model itself samples; or several, "
+            "with commas between."
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,

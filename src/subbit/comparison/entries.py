@@ -126,8 +126,10 @@ def short_hash(value: Any) -> str:
 
 def fingerprint(source: str) -> str:
     """A data set by its name, a file by its contents: a folder that moves changes nothing, an edited text does."""
-    path = Path(source)
-    return f"file {sha256(path)}" if is_text_file(source) and path.is_file() else source
+    parts = [part.strip() for part in source.split(",")]
+    return ",".join(
+        f"file {sha256(Path(part))}" if is_text_file(part) and Path(part).is_file() else part for part in parts
+    )
 
 
 def dataset_name(dataset: str) -> str:

@@ -60,12 +60,13 @@ def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> 
         with torch.no_grad():
             wanted = head(target[None]).float().log_softmax(-1)
         with torch.set_grad_enabled(gradient):
-            part = part.requires_grad_(gradient)
-            have = head(part[None]).float().log_softmax(-1)
-            loss = (wanted.exp() * (wanted - have)).sum() / len(mine)
-        total += float(loss.detach())
-        if gradient:
-            slopes.append(torch.autograd.grad(loss, part)[0])
+            logits = head(part.requires_grad_(gradient)[None])
+        have = logits.detach().float().log_softmax(-1)
+        likely = wanted.exp()
+        total += float(wanted.sub_(have).mul_(likely).sum()) / len(mine)
+        if gradient:  # that of the logits is known: the student's probabilities minus the teacher's
+            slope = have.exp_().sub_(likely).div_(len(mine))
+            slopes.append(torch.autograd.grad(logits, part, slope.to(logits.dtype))[0])
     return total, torch.cat(slopes).view_as(student) if gradient else None
 
 
