@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +14,13 @@ from subbit.binary.allocate import allocate_bytes
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity
 from subbit.errors import UserError
-from subbit.job import Job
+from subbit.job import DenseLayer, Job
 from subbit.layerwise import relative_output_error
 from subbit.methods.codes import CodesOptions, codes
-from subbit.models.streaming import LayerCall
+from subbit.models.layout import ExpertName
+from subbit.models.streaming import LayerCall, outside_on_demand, run_head
 from subbit.packing.codes import CodesSpec
+from subbit.tuning.distill import divergence
 
 __all__ = ["Choice", "plan_budget", "stored_bytes"]
 
@@ -28,6 +32,7 @@ RELATIVE_ERROR = {
 }
 MEASURED = "2:8"
 TOLERANCE = 0.005  # bits: so far below the budget a plan may end
+TOKENS = 1024  # that the divergence is measured on
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,15 @@ class Choice:
 def plan_budget(job: Job, choice: Choice, hidden: Tensor, calls: list[LayerCall]) -> dict[str, str]:
     """N:M of the linears that a budget decides on: all linears together take at most ``recipe.bits`` bits a weight.
 
+    What a unit costs is the divergence of the model's next-token distribution when that unit alone is compressed, and
+    the sum of these is what the plan keeps low; it grows with the unit's output error.
+
     Args:
         hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; not changed.
     """
-    measured = measure_errors(job, {name for unit in choice.units for name in unit}, hidden, calls)
+    costs = unit_costs(job, choice.units, hidden, calls)
     errors = [
-        [sum(measured[name] for name in unit) * RELATIVE_ERROR[form] for form in forms]
-        for unit, forms in zip(choice.units, choice.formats, strict=True)
+        [cost * RELATIVE_ERROR[form] for form in forms] for cost, forms in zip(costs, choice.formats, strict=True)
     ]
     chosen = allocate_bytes(errors, choice.sizes, choice.bytes_within(job.recipe.bits or 0.0))
     job.progress.line(f"budget {job.recipe.bits:g}: planned {choice.bits(chosen):.4f} stored bits a linear weight")
@@ -111,17 +118,78 @@ def stored_bytes(shape: torch.Size, form: str, options: CodesOptions) -> int:
     return CodesSpec(shape[0], shape[1], sparsity.n, sparsity.m, options.column_scales).stored_bytes
 
 
-def measure_errors(job: Job, names: set[str], hidden: Tensor, calls: list[LayerCall]) -> dict[str, float]:
-    """Relative output error of every linear at 2:8 without a sweep, on the dense model's activations."""
-    quick = replace(job.recipe.options, sweeps=0)
+def unit_costs(job: Job, units: list[list[str]], hidden: Tensor, calls: list[LayerCall]) -> list[float]:
+    """Mean KL divergence (nats a token) to the dense model that each unit alone at 2:8 leads to.
+
+    All experts of a decoder layer are compressed at once, and share the divergence by their output errors.
+    """
+    together: dict[str, list[int]] = {}  # units that are compressed at once
+    for number, unit in enumerate(units):
+        expert = ExpertName.parse(unit[0])
+        together.setdefault(expert.experts if expert else unit[0], []).append(number)
     errors: dict[str, float] = {}
-    for layer in job.dense_pass("budget: error of every linear", hidden, calls, names):
-        for leader, shared in layer.grams.shared().items():
-            gram = layer.grams.gram(leader)
-            factor = inverse_factor(gram, quick.damping)
-            for name in shared:
-                weight = layer.linears[name].weight.detach()
-                sparsity = Sparsity.parse(MEASURED if weight.shape[1] % 8 == 0 else "1:4")
-                dense = codes(weight, gram, factor, sparsity, quick).dense()
-                errors[name] = relative_output_error(weight, dense, gram)
-    return errors
+    students: dict[str, Tensor] = {}  # what leaves the layer where one of these, and nothing else, was compressed
+    few = max(1, TOKENS // hidden.shape[1])
+    names = {name for unit in units for name in unit}
+    for index, layer in enumerate(job.dense_pass("budget: what every linear costs", hidden, calls, names)):
+        students = {key: job.run(index, calls[index], student) for key, student in students.items()}
+        compressed = compress_quickly(job, layer, errors)
+        for key, numbers in together.items():
+            inside = [name for number in numbers for name in units[number] if name in compressed]
+            if inside:
+                with replaced_weights(layer, {name: compressed[name] for name in inside}):
+                    students[key] = job.run(index, calls[index], layer.before[:few])
+        teacher = layer.after[:few]
+    costs = [0.0] * len(units)
+    for key, lost in divergences(job, students, teacher).items():
+        shares = [sum(errors[name] for name in units[number]) for number in together[key]]
+        for number, share in zip(together[key], shares, strict=True):
+            # the error counts a little by itself: where the divergence is lost in rounding, a plan still has an order
+            costs[number] = lost * share / max(sum(shares), 1e-12) + 1e-6 * share
+    return costs
+
+
+def compress_quickly(job: Job, layer: DenseLayer, errors: dict[str, float]) -> dict[str, Tensor]:
+    """The weights of a layer's linears at 2:8 without a sweep, on the dense model's activations.
+
+    Args:
+        errors: gets the relative output error of each of them.
+    """
+    quick = replace(job.recipe.options, sweeps=0)
+    compressed = {}
+    for leader, shared in layer.grams.shared().items():
+        gram = layer.grams.gram(leader)
+        factor = inverse_factor(gram, quick.damping)
+        for name in shared:
+            weight = layer.linears[name].weight.detach()
+            sparsity = Sparsity.parse(MEASURED if weight.shape[1] % 8 == 0 else "1:4")
+            compressed[name] = codes(weight, gram, factor, sparsity, quick).dense()
+            errors[name] = relative_output_error(weight, compressed[name], gram)
+    return compressed
+
+
+@contextmanager
+def replaced_weights(layer: DenseLayer, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, some linears of a layer have other weights."""
+    before = {name: layer.linears[name].weight.detach().clone() for name in weights}
+    for name, weight in weights.items():
+        layer.linears[name].weight.copy_(weight)
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            layer.linears[name].weight.copy_(weight)
+
+
+def divergences(job: Job, students: dict[str, Tensor], teacher: Tensor) -> dict[str, float]:
+    """Mean KL divergence in nats a token of what leaves the last decoder layer, (samples, seq_len, hidden) each."""
+    target = teacher.to(job.device)
+    with outside_on_demand(job.model, job.layout, job.source, job.device):
+
+        def head(states: Tensor) -> Tensor:
+            return run_head(job.model, job.layout, job.source, states, device=job.device)
+
+        return {
+            key: divergence(student.to(job.device), target, head, gradient=False)[0]
+            for key, student in students.items()
+        }
