@@ -3,8 +3,8 @@
     python benchmarks/kernels.py --quick --json FILE                    # 11008 × 4096, batch 1, all threads: a minute
     python benchmarks/kernels.py --json FILE                            # every shape, thread count and batch
 
-Weights are streamed: every call takes another copy, and the copies together are several times the last-level cache. All
-contenders take turns, a call each, and a figure is the median of its calls. The memory bound of a product is the time
+Weights are streamed: all contenders take turns, a call each on another copy, and between two readings of a copy several
+times the last-level cache is read. A figure is the median of its calls. The memory bound of a product is the time
 in which the same threads read as many bytes as the kernel reads, measured in the same turns; `ratio_to_bound` is the
 product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
 with eight channels fifty times as large as the others, against float64.
@@ -65,9 +65,9 @@ def cache_bytes() -> int:
     return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
-def copies_for(size: int) -> int:
-    """How many copies are four times the cache."""
-    return max(2, -(-4 * cache_bytes() // size))
+def copies_for(turn: int) -> int:
+    """How many copies of everything that a turn reads, in bytes, are four times the cache."""
+    return max(2, -(-4 * cache_bytes() // turn))
 
 
 def processor() -> str:
@@ -116,21 +116,21 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
     generator = torch.Generator().manual_seed(0)
     torch.set_num_threads(threads)
     inputs = torch.randn(batch, columns, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator)
+    linears = {kind: random_codes(kind, rows, columns, generator) for kind in kinds}
+    sizes = {kind: packed.nbytes for kind, (_, packed) in linears.items()}
+    chunk = 16 << 20
+    copies = copies_for(chunk + weight.nbytes * 3 // 2 + sum(sizes.values()))
     contenders: dict[str, Contender] = {}
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
-        weight = torch.randn(rows, columns, generator=generator).to(dtype)
-        given = inputs.to(dtype)
-        weights = [weight, *(weight.clone() for _ in range(copies_for(weight.nbytes) - 1))]
-        contenders[name] = Contender(dense_call(given, weights), len(weights))
-    errors, sizes = {}, {}
-    for kind in kinds:
-        spec, packed = random_codes(kind, rows, columns, generator)
-        errors[kind], sizes[kind] = error_of(spec, packed, generator), packed.nbytes
-        all_packed = [packed, *(packed.clone() for _ in range(copies_for(packed.nbytes) - 1))]
-        contenders[kind] = Contender(packed_call(inputs, spec, all_packed), len(all_packed))
-    chunk = 16 << 20
-    memory = [torch.zeros(chunk, dtype=torch.uint8) for _ in range(copies_for(chunk))]
-    contenders["memory"] = Contender(lambda i: native.read_memory(memory[i]), len(memory))
+        weights = [weight.to(dtype, copy=True) for _ in range(copies)]
+        contenders[name] = Contender(dense_call(inputs.to(dtype), weights), copies)
+    errors = {}
+    for kind, (spec, packed) in linears.items():
+        errors[kind] = error_of(spec, packed, generator)
+        contenders[kind] = Contender(packed_call(inputs, spec, [packed.clone() for _ in range(copies)]), copies)
+    memory = [torch.ones(chunk, dtype=torch.uint8) for _ in range(copies)]
+    contenders["memory"] = Contender(lambda i: native.read_memory(memory[i]), copies)
 
     for contender in contenders.values():
         contender.run()
