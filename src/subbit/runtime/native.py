@@ -77,7 +77,7 @@ def supports_rows(spec: EmbeddingSpec) -> bool:
 
 def is_fast(n: int, m: int) -> bool:
     """Whether the kernel of N:M looks a vector of rows up at a time; the others take one codeword after the other."""
-    return m == 8 or (n, m) == (1, 4)
+    return m == 8 or (n, m) in ((1, 4), (2, 16), (3, 16))
 
 
 def variants() -> list[str]:
@@ -97,7 +97,10 @@ def join_torch_threads() -> None:
 
 
 def use(name: str | None) -> None:
-    """Choose an instruction set by name, for tests and benchmarks; None is the best one again."""
+    """Choose an instruction set by name, for tests and benchmarks; None is the best one again.
+
+    A linear repacked for one instruction set is not to be multiplied with another.
+    """
     global _chosen
     _chosen = _native.find(name or variants()[0])
 
@@ -109,10 +112,11 @@ def kernels() -> _native.Kernels:
     """The kernels in use: the best ones, or what ``SUBBIT_ISA`` names, until :func:`use`."""
     if _chosen is None:
         join_torch_threads()
-        name = os.environ.get("SUBBIT_ISA") or None
-        if name and name not in variants():
-            raise UserError(f"SUBBIT_ISA is {name}, but this processor has kernels for: {', '.join(variants())}")
-        use(name)
+        given = os.environ.get("SUBBIT_ISA")
+        names = {name.lower(): name for name in variants()}
+        if given and given.lower() not in names:
+            raise UserError(f"SUBBIT_ISA is {given}, but this processor has kernels for: {', '.join(variants())}")
+        use(names[given.lower()] if given else None)
     assert _chosen is not None
     return _chosen
 
@@ -127,10 +131,17 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@lru_cache(maxsize=256)
 def shape_of(rows: int, columns: int, n: int, m: int, column_scales: bool) -> _native.Shape:
-    """What the extension calls a shape."""
-    return _native.Shape(rows, columns, n, m, column_scales)
+    """What the extension calls a shape: the order of the codes is that of the kernels in use."""
+    return make_shape(rows, columns, n, m, column_scales, kernels())
+
+
+@lru_cache(maxsize=256)
+def make_shape(
+    rows: int, columns: int, n: int, m: int, column_scales: bool, kernels: _native.Kernels
+) -> _native.Shape:
+    """See :func:`shape_of`."""
+    return _native.Shape(rows, columns, n, m, column_scales, kernels)
 
 
 def shape_of_spec(spec: CodesSpec) -> _native.Shape:
