@@ -239,22 +239,18 @@ template <Layout layout, int half>
 template <Layout layout>
 using Constant = std::integral_constant<Layout, layout>;
 
-// All chunks of a tile.
 template <Layout layout, class Add>
-void add_tile(const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums, Add add) {
-    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
-        const int count = in_chunk(groups, chunk);
-        const __m256i zero = _mm256_set1_epi32(count * of(layout).entries * of(layout).grid.zero);
-        add(codes, tables, count, zero, _mm256_set1_ps(steps[chunk]), sums);
-        codes += chunk_codes(layout);
-        tables += chunk_tables(layout);
+void add_tiles(const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles, Add add) {
+    const __m256i zero = _mm256_set1_epi32(groups * of(layout).entries * of(layout).grid.zero);
+    for (int tile = 0; tile < tiles; tile++, codes += bytes_of(layout, groups), sums += kTileRows) {
+        add(codes, tables, groups, zero, _mm256_set1_ps(step), sums);
     }
 }
 
-void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
-              float* sums) {
+void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums,
+              int tiles) {
     const auto add_all = [&](auto constant, auto add) {
-        add_tile<decltype(constant)::value>(codes, tables, groups, steps, sums, add);
+        add_tiles<decltype(constant)::value>(codes, tables, groups, step, sums, tiles, add);
     };
     const auto add_all_nibbles = [&](auto constant) {
         using Which = decltype(constant);

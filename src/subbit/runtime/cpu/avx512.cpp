@@ -166,28 +166,19 @@ struct Planes {
     Wide low, high;
 };
 
-// The sums of a tile: of rows 8 * i to 8 * i + 7, and of those 32 further on.
-struct Sums {
-    __m512 rows[4] = {};
-
-    // += step * (low + radix * high - zero)
-    template <int radix>
-    void add(int i, __m512i low, __m512i high, __m512i zero, __m512 step) {
-        const __m512i factor = _mm512_set1_epi32(radix << 16 | 1);
-        const __m512i halves[2] = {_mm512_unpacklo_epi16(low, high), _mm512_unpackhi_epi16(low, high)};
-        for (int k = 0; k < 2; k++) {
-            const __m512i whole = _mm512_sub_epi32(_mm512_madd_epi16(halves[k], factor), zero);
-            rows[i + k] = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(whole), rows[i + k]);
-        }
+// sums of rows 0 to 15 and 32 to 47 += step * (low + radix * high - zero)
+template <int radix>
+inline void flush(__m512i low, __m512i high, __m512i zero, __m512 step, float* sums) {
+    const __m512i factor = _mm512_set1_epi32(radix << 16 | 1);
+    const __m512i halves[2] = {_mm512_unpacklo_epi16(low, high), _mm512_unpackhi_epi16(low, high)};
+    for (int i = 0; i < 2; i++) {
+        const __m512i whole = _mm512_sub_epi32(_mm512_madd_epi16(halves[i], factor), zero);
+        const __m512 product = _mm512_mul_ps(step, _mm512_cvtepi32_ps(whole));
+        float *first = sums + 8 * i, *second = first + 32;
+        _mm256_storeu_ps(first, _mm256_add_ps(_mm256_loadu_ps(first), _mm512_castps512_ps256(product)));
+        _mm256_storeu_ps(second, _mm256_add_ps(_mm256_loadu_ps(second), _mm512_extractf32x8_ps(product, 1)));
     }
-    void add_to(float* sums) const {
-        for (int i = 0; i < 4; i++) {
-            float *first = sums + 8 * i, *second = first + 32;
-            _mm256_storeu_ps(first, _mm256_add_ps(_mm256_loadu_ps(first), _mm512_castps512_ps256(rows[i])));
-            _mm256_storeu_ps(second, _mm256_add_ps(_mm256_loadu_ps(second), _mm512_extractf32x8_ps(rows[i], 1)));
-        }
-    }
-};
+}
 
 // An entry, or its negative where the mask has a bit.
 inline __m512i look_up(__m512i index, const uint8_t* table, __mmask64 negative) {
@@ -294,35 +285,35 @@ inline void add_wide(const uint8_t* codes, const uint8_t* tables, int groups, Pl
     }
 }
 
-// All chunks of a tile.
 template <Layout layout, class Add>
-void add_tile(const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums, Add add) {
+void add_tiles(const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles, Add add) {
     constexpr Properties properties = of(layout);
-    Sums total;
-    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
-        const int count = in_chunk(groups, chunk);
-        const __m512i zero = _mm512_set1_epi32(count * properties.entries * properties.grid.zero);
-        const __m512 step = _mm512_set1_ps(steps[chunk]);
+    const __m512i zero = _mm512_set1_epi32(groups * properties.entries * properties.grid.zero);
+    const __m512 steps = _mm512_set1_ps(step);
+    for (int tile = 0; tile < tiles; tile++, codes += bytes_of(layout, groups), sums += kTileRows) {
         Planes planes;
-        add(codes, tables, count, planes);
-        total.add<properties.grid.radix>(0, planes.low.lower(), planes.high.lower(), zero, step);
-        total.add<properties.grid.radix>(2, planes.low.upper, planes.high.upper, zero, step);
-        codes += chunk_codes(layout);
-        tables += chunk_tables(layout);
+        add(codes, tables, groups, planes);
+        flush<properties.grid.radix>(planes.low.lower(), planes.high.lower(), zero, steps, sums);
+        flush<properties.grid.radix>(planes.low.upper, planes.high.upper, zero, steps, sums + 16);
     }
-    total.add_to(sums);
 }
 
-void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
-                float* sums) {
+template <Layout layout>
+using Constant = std::integral_constant<Layout, layout>;
+
+void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums,
+                int tiles) {
+    const auto add_all = [&](auto constant, auto add) {
+        add_tiles<decltype(constant)::value>(codes, tables, groups, step, sums, tiles, add);
+    };
     switch (layout) {
-        case Layout::single: return add_tile<Layout::single>(codes, tables, groups, steps, sums, add_single<Layout::single>);
-        case Layout::wide2: return add_tile<Layout::wide2>(codes, tables, groups, steps, sums, add_wide<Layout::wide2>);
-        case Layout::wide3: return add_tile<Layout::wide3>(codes, tables, groups, steps, sums, add_wide<Layout::wide3>);
-        case Layout::six: return add_tile<Layout::six>(codes, tables, groups, steps, sums, add_folded<Layout::six>);
-        case Layout::seven: return add_tile<Layout::seven>(codes, tables, groups, steps, sums, add_folded<Layout::seven>);
-        case Layout::halves3: return add_tile<Layout::halves3>(codes, tables, groups, steps, sums, add_halves<Layout::halves3>);
-        default: return add_tile<Layout::halves4>(codes, tables, groups, steps, sums, add_halves<Layout::halves4>);
+        case Layout::single: return add_all(Constant<Layout::single>(), add_single<Layout::single>);
+        case Layout::wide2: return add_all(Constant<Layout::wide2>(), add_wide<Layout::wide2>);
+        case Layout::wide3: return add_all(Constant<Layout::wide3>(), add_wide<Layout::wide3>);
+        case Layout::six: return add_all(Constant<Layout::six>(), add_folded<Layout::six>);
+        case Layout::seven: return add_all(Constant<Layout::seven>(), add_folded<Layout::seven>);
+        case Layout::halves3: return add_all(Constant<Layout::halves3>(), add_halves<Layout::halves3>);
+        default: return add_all(Constant<Layout::halves4>(), add_halves<Layout::halves4>);
     }
 }
 

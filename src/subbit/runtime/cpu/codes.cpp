@@ -241,36 +241,47 @@ struct Place {
     int shift(const Field& field) const { return field.rows == Field::bits ? bit : field.bit; }
 };
 
-// The codes of a row, one for every group, into a tile that is zero there.
-void put_row(const Shape& shape, const Book& book, uint8_t* tile, int row, const uint16_t* codes) {
-    const Place place(row);
-    const int groups = shape.groups(), unit_bytes = of(shape.layout()).unit_bytes;
-    for (int first = 0; first < groups; tile += unit_bytes) {
-        for (const auto& fields : book.fields) {
-            const int code = codes[first++];
-            for (const Field& field : fields) {
-                const int value = code >> field.shift & ((1 << field.width) - 1);
-                uint8_t& byte = tile[place.byte(field)];
-                byte = static_cast<uint8_t>(byte | value << place.shift(field));
-            }
+// Call `visit(bytes of a unit, index of its first group)` for the units of a tile.
+template <class Byte, class Visit>
+void visit_units(const Shape& shape, Byte* buffer, int tile, Visit visit) {
+    const Properties& properties = of(shape.layout());
+    const int groups = shape.groups();
+    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
+        Byte* unit = buffer + shape.chunk_at(tile, chunk);
+        for (int i = 0; i < in_chunk(groups, chunk); i += properties.groups, unit += properties.unit_bytes) {
+            visit(unit, chunk * kChunkGroups + i);
         }
     }
 }
 
+// The codes of a row, one for every group, into a buffer that is zero there.
+void put_row(const Shape& shape, const Book& book, uint8_t* buffer, int row, const uint16_t* codes) {
+    const Place place(row % kTileRows);
+    visit_units(shape, buffer, row / kTileRows, [&](uint8_t* unit, int group) {
+        for (const auto& fields : book.fields) {
+            const int code = codes[group++];
+            for (const Field& field : fields) {
+                const int value = code >> field.shift & ((1 << field.width) - 1);
+                uint8_t& byte = unit[place.byte(field)];
+                byte = static_cast<uint8_t>(byte | value << place.shift(field));
+            }
+        }
+    });
+}
+
 // The inverse.
-void get_row(const Shape& shape, const Book& book, const uint8_t* tile, int row, uint16_t* codes) {
-    const Place place(row);
-    const int groups = shape.groups(), unit_bytes = of(shape.layout()).unit_bytes;
-    for (int first = 0; first < groups; tile += unit_bytes) {
+void get_row(const Shape& shape, const Book& book, const uint8_t* buffer, int row, uint16_t* codes) {
+    const Place place(row % kTileRows);
+    visit_units(shape, buffer, row / kTileRows, [&](const uint8_t* unit, int group) {
         for (const auto& fields : book.fields) {
             int code = 0;
             for (const Field& field : fields) {
-                const int value = tile[place.byte(field)] >> place.shift(field) & ((1 << field.width) - 1);
+                const int value = unit[place.byte(field)] >> place.shift(field) & ((1 << field.width) - 1);
                 code |= value << field.shift;
             }
-            codes[first++] = static_cast<uint16_t>(code);
+            codes[group++] = static_cast<uint16_t>(code);
         }
-    }
+    });
 }
 
 const float* row_scales_of(const Shape& shape, const uint8_t* buffer) {
@@ -289,11 +300,12 @@ struct Product {
     int batch;
     Numbers bias;
     void* outputs;
-    int together;       // inputs whose tables a thread holds at a time
-    int tiles_at_once;  // that a thread takes from the counter
-    std::vector<std::atomic<int>> next;  // tile, for every `together` inputs
+    int together;        // inputs whose tables a thread holds at a time
+    int blocks_at_once;  // that a thread takes from the counter
+    std::vector<std::atomic<int>> next;  // block, for every `together` inputs; of a generic layout, tile
 
     void run();
+    void run_block(int block, int first, int count, const uint8_t* tables, const float* steps, float* sums);
     void run_generic();
     void finish(int tile, int input, float* sums);
 };
@@ -322,7 +334,7 @@ void Product::run() {
     std::vector<uint8_t> memory(table_size * static_cast<size_t>(chunks * together) + 64);
     uint8_t* tables = memory.data() + 63 - (reinterpret_cast<uintptr_t>(memory.data()) + 63) % 64;
     std::vector<float> steps(static_cast<size_t>(chunks * together)), values(static_cast<size_t>(groups * columns));
-    std::vector<float> sums(static_cast<size_t>(together * kTileRows));
+    std::vector<float> sums(static_cast<size_t>(together * kBlockTiles * kTileRows));
 
     for (int part = 0; part * together < batch; part++) {
         const int first = part * together, count = std::min(together, batch - first);
@@ -335,26 +347,30 @@ void Product::run() {
             }
         }
         auto& counter = next[static_cast<size_t>(part)];
-        for (int from; (from = counter.fetch_add(tiles_at_once)) < shape.tiles();) {
-            for (int tile = from; tile < std::min(from + tiles_at_once, shape.tiles()); tile++) {
-                const uint8_t* codes = buffer + static_cast<size_t>(tile) * shape.tile_bytes();
-                std::fill(sums.begin(), sums.end(), 0.0F);
-                if (together == 1) {
-                    kernels.add(layout, codes, tables, groups, steps.data(), sums.data());
-                } else {  // a chunk for all inputs, while it is in the cache
-                    for (int chunk = 0; chunk < chunks; chunk++, codes += chunk_codes(layout)) {
-                        for (int i = 0; i < count; i++) {
-                            const auto at = static_cast<size_t>(chunk * together + i);
-                            kernels.add(layout, codes, tables + at * table_size, in_chunk(groups, chunk), &steps[at],
-                                        sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
-                        }
-                    }
-                }
-                for (int i = 0; i < count; i++) {
-                    finish(tile, first + i, sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
-                }
+        for (int from; (from = counter.fetch_add(blocks_at_once)) < shape.blocks();) {
+            for (int block = from; block < std::min(from + blocks_at_once, shape.blocks()); block++) {
+                run_block(block, first, count, tables, steps.data(), sums.data());
             }
         }
+    }
+}
+
+// A chunk after the other, for all of `count` inputs from `first` on while it is in the cache.
+void Product::run_block(int block, int first, int count, const uint8_t* tables, const float* steps, float* sums) {
+    const Layout layout = shape.layout();
+    const int groups = shape.groups(), tile = block * kBlockTiles, tiles = std::min(kBlockTiles, shape.tiles() - tile);
+    constexpr ptrdiff_t rows = kBlockTiles * kTileRows;
+    std::fill_n(sums, count * rows, 0.0F);
+    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
+        const uint8_t* codes = buffer + shape.chunk_at(tile, chunk);
+        for (int i = 0; i < count; i++) {
+            const ptrdiff_t at = chunk * together + i;
+            const uint8_t* table = tables + at * chunk_tables(layout);
+            kernels.add(layout, codes, table, in_chunk(groups, chunk), steps[at], sums + i * rows, tiles);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (int t = 0; t < tiles; t++) finish(tile + t, first + i, sums + i * rows + t * kTileRows);
     }
 }
 
@@ -449,6 +465,13 @@ size_t Shape::tile_bytes() const {
     return static_cast<size_t>(groups() / properties.groups) * static_cast<size_t>(properties.unit_bytes);
 }
 
+size_t Shape::chunk_at(int tile, int chunk) const {
+    const int first = tile / kBlockTiles * kBlockTiles, of_block = std::min(kBlockTiles, tiles() - first);
+    const size_t before = static_cast<size_t>(of_block * chunk) * static_cast<size_t>(bytes_of(layout(), kChunkGroups));
+    const int mine = (tile - first) * bytes_of(layout(), in_chunk(groups(), chunk));
+    return static_cast<size_t>(first) * tile_bytes() + before + static_cast<size_t>(mine);
+}
+
 size_t Shape::scales_offset() const {
     if (layout() == Layout::generic) return align(static_cast<size_t>(rows) * file_row_bytes() + kPadding);
     return align(static_cast<size_t>(tiles()) * tile_bytes());
@@ -475,14 +498,13 @@ void Repacking::run() {
     std::vector<uint16_t> words(static_cast<size_t>(count)), of_groups(static_cast<size_t>(shape.groups()));
     for (int tile; (tile = next.fetch_add(1)) < shape.tiles();) {
         const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
-        uint8_t* out = buffer + static_cast<size_t>(tile) * shape.tile_bytes();
         for (int row = 0; row < rows; row++) {
             read_row(codes + static_cast<size_t>(first + row) * row_bytes, row_bytes, count, shape.width(), words.data());
             const unsigned largest = *std::max_element(words.begin(), words.end());
             if (largest >= book.count) return wrong.store(largest);
             if (shape.layout() == Layout::generic) continue;
             codes_of(shape, book, words.data(), of_groups.data());
-            put_row(shape, book, out, row, of_groups.data());
+            put_row(shape, book, buffer, first + row, of_groups.data());
         }
     }
 }
@@ -523,8 +545,7 @@ struct Reader {
             const uint8_t* source = buffer + static_cast<size_t>(row) * bytes;
             return read_row(source, bytes, shape.codewords(), shape.width(), words.data());
         }
-        const uint8_t* tile = buffer + static_cast<size_t>(row / kTileRows) * shape.tile_bytes();
-        get_row(shape, book, tile, row % kTileRows, codes.data());
+        get_row(shape, book, buffer, row, codes.data());
         words_of(shape, book, codes.data(), words.data());
     }
 };
@@ -564,8 +585,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(of(shape.layout()).table_bytes);
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
     const auto work = shape.scales_offset() * static_cast<size_t>(batch) / kWorkOfThread;
-    threads = std::min({threads, shape.tiles(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
-    const int at_once = std::clamp(shape.tiles() / (4 * threads), 1, 16);
+    threads = std::min({threads, generic ? shape.tiles() : shape.blocks(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
+    const int at_once = std::clamp(shape.blocks() / (4 * threads), 1, 4);
     Product product{kernels, shape,    buffer,  inputs, batch, bias,
                     outputs, together, at_once, std::vector<std::atomic<int>>(static_cast<size_t>((batch + together - 1) / together))};
     on_team(threads,

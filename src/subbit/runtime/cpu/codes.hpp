@@ -71,13 +71,16 @@ constexpr const Properties& of(Layout layout) { return kProperties[static_cast<i
 
 constexpr int kTileRows = 64;     // rows that lie interleaved
 constexpr int kChunkGroups = 32;  // groups that share a scale of their tables; their sums fit 16 bits
+// Tiles whose codes of the first chunk lie one after the other, then those of the second one: so the tables of a chunk
+// are read from the first-level cache, which does not hold all tables.
+constexpr int kBlockTiles = 4;
 constexpr int kMaxKept = 4;
 
 constexpr int chunks_of(int groups) { return (groups + kChunkGroups - 1) / kChunkGroups; }
 constexpr int in_chunk(int groups, int chunk) {  // groups of it: the last one may have fewer
     return chunk < groups / kChunkGroups ? kChunkGroups : groups % kChunkGroups;
 }
-constexpr int chunk_codes(Layout layout) { return kChunkGroups / of(layout).groups * of(layout).unit_bytes; }
+constexpr int bytes_of(Layout layout, int groups) { return groups / of(layout).groups * of(layout).unit_bytes; }
 constexpr int chunk_tables(Layout layout) { return kChunkGroups * of(layout).table_bytes; }
 
 constexpr bool is_wide(Layout layout) { return layout == Layout::wide2 || layout == Layout::wide3; }
@@ -120,9 +123,8 @@ struct Kernels {
     bool folded;  // whether tables have 64 entries where that saves bits
     // Fill the tables of a chunk of `groups` groups from their inputs; returns the value of one step of the grid.
     float (*build)(Layout, const float* inputs, int groups, uint8_t* tables);
-    // sums[r] += steps[c] * (sum over the groups of chunk c of row r), for the kTileRows rows of a tile and all chunks
-    // of `groups` groups, one after the other.
-    void (*add)(Layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums);
+    // sums[r] += step * (sum over the groups of a chunk of row r), for the rows of `tiles` tiles.
+    void (*add)(Layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles);
     // Read memory and do nothing with it, 64 bytes at a time: the bound of any kernel, for benchmarks.
     uint64_t (*read)(const uint8_t* bytes, size_t count);
     RowsKernel rows;
@@ -147,8 +149,10 @@ struct Shape {
     int codewords() const { return columns / m; }  // of a row
     int groups() const;                            // rounded up to whole units
     int tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+    int blocks() const { return (tiles() + kBlockTiles - 1) / kBlockTiles; }
     size_t file_row_bytes() const;
     size_t tile_bytes() const;
+    size_t chunk_at(int tile, int chunk) const;  // where the codes of a tile for a chunk are
     size_t scales_offset() const;
     size_t bytes() const;
 };

@@ -75,24 +75,18 @@ int look_up(Layout layout, const uint8_t* unit, const uint8_t* tables, int row, 
     return sum;
 }
 
-void add_chunk(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums) {
+void add_portable(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums,
+                  int tiles) {
     const Properties& properties = of(layout);
-    int32_t total[kTileRows] = {};
-    for (int g = 0; g < groups; g++) {
-        const uint8_t* unit = codes + g / properties.groups * properties.unit_bytes;
-        const uint8_t* table = tables + g * properties.table_bytes;
-        for (int row = 0; row < kTileRows; row++) total[row] += look_up(layout, unit, table, row, g % properties.groups);
-    }
     const int32_t zero = groups * properties.entries * properties.grid.zero;
-    for (int row = 0; row < kTileRows; row++) sums[row] += step * static_cast<float>(total[row] - zero);
-}
-
-void add_portable(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
-                  float* sums) {
-    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
-        add_chunk(layout, codes, tables, in_chunk(groups, chunk), steps[chunk], sums);
-        codes += chunk_codes(layout);
-        tables += chunk_tables(layout);
+    for (int tile = 0; tile < tiles; tile++, codes += bytes_of(layout, groups), sums += kTileRows) {
+        int32_t total[kTileRows] = {};
+        for (int g = 0; g < groups; g++) {
+            const uint8_t* unit = codes + g / properties.groups * properties.unit_bytes;
+            const uint8_t* table = tables + g * properties.table_bytes;
+            for (int row = 0; row < kTileRows; row++) total[row] += look_up(layout, unit, table, row, g % properties.groups);
+        }
+        for (int row = 0; row < kTileRows; row++) sums[row] += step * static_cast<float>(total[row] - zero);
     }
 }
 
