@@ -90,6 +90,11 @@ def random_codes(kind: str, rows: int, columns: int, generator: torch.Generator)
     return spec, native.repack(spec, tensors)
 
 
+def copy_of(packed: Tensor) -> Tensor:
+    """In the kind of memory in which a repacked linear is."""
+    return native.zeros(packed.nbytes).copy_(packed)
+
+
 def error_of(spec: CodesSpec, packed: Tensor, generator: torch.Generator) -> float:
     """Relative error with outlier channels, on the first thousand rows."""
     inputs = torch.randn(4, spec.in_features, generator=generator)
@@ -128,8 +133,8 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
     errors = {}
     for kind, (spec, packed) in linears.items():
         errors[kind] = error_of(spec, packed, generator)
-        contenders[kind] = Contender(packed_call(inputs, spec, [packed.clone() for _ in range(copies)]), copies)
-    memory = [torch.ones(chunk, dtype=torch.uint8) for _ in range(copies)]
+        contenders[kind] = Contender(packed_call(inputs, spec, [copy_of(packed) for _ in range(copies)]), copies)
+    memory = [native.zeros(chunk).fill_(1) for _ in range(copies)]
     contenders["memory"] = Contender(lambda i: native.read_memory(memory[i]), copies)
 
     for contender in contenders.values():

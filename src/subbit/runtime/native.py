@@ -47,6 +47,7 @@ __all__ = [
     "use",
     "variant",
     "variants",
+    "zeros",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,6 +150,13 @@ def shape_of_spec(spec: CodesSpec) -> _native.Shape:
     return shape_of(spec.out_features, spec.in_features, spec.n, spec.m, spec.has_column_scales)
 
 
+def zeros(count: int) -> Tensor:
+    """(count,) uint8 in memory that is fast to read from end to end."""
+    tensor = torch.empty(count, dtype=torch.uint8)
+    _native.use_large_pages(address(tensor), count)
+    return tensor.zero_()
+
+
 def repack(spec: CodesSpec, tensors: dict[str, Tensor]) -> Tensor:
     """(bytes,) uint8: the linear in the order in which the kernels read it, scales included.
 
@@ -159,7 +167,7 @@ def repack(spec: CodesSpec, tensors: dict[str, Tensor]) -> Tensor:
         if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype:
             raise CheckpointError(f"{name} of a linear is {list(tensors[name].shape)}, not {list(shape)}")
     shape_ = shape_of_spec(spec)
-    packed = torch.zeros(shape_.bytes, dtype=torch.uint8)
+    packed = zeros(shape_.bytes)
     codes, rows = tensors["codes"].contiguous(), tensors["row_scales"].float().contiguous()
     columns = tensors["column_scales"].float().contiguous() if spec.has_column_scales else None
     threads = torch.get_num_threads()

@@ -61,6 +61,8 @@ NB_MODULE(_native, module) {
     });
     module.def("find", &find_kernels, nb::rv_policy::reference, nb::arg("name"));
     module.def("use_gomp_parallel", [](uintptr_t function) { use_gomp_parallel(pointer<void>(function)); });
+    module.def("use_large_pages",
+               [](uintptr_t bytes, size_t count) { use_large_pages(pointer<uint8_t>(bytes), count); });
     module.def(
         "repack",
         [](const Shape& shape, uintptr_t codes, uintptr_t row_scales, uintptr_t column_scales, uintptr_t buffer,

@@ -10,6 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "folded.hpp"
 #include "team.hpp"
 
@@ -510,6 +514,16 @@ void Repacking::run() {
 }
 
 }  // namespace
+
+// Memory that is read from end to end is read a quarter faster in pages of 2 MiB. It must not have been written yet.
+void use_large_pages([[maybe_unused]] uint8_t* bytes, [[maybe_unused]] size_t count) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = 2 << 20;
+    const auto first = reinterpret_cast<uintptr_t>(bytes), from = (first + page - 1) / page * page;
+    const uintptr_t to = (first + count) / page * page;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // may fail: pages are then small
+#endif
+}
 
 int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales, const float* column_scales,
                uint8_t* buffer, int threads) {

@@ -157,6 +157,8 @@ struct Shape {
     size_t bytes() const;
 };
 
+void use_large_pages(uint8_t* bytes, size_t count);
+
 // Fill `buffer` (shape.bytes(), zeroed) from the codes of the file. Returns -1, or the first codeword that no encoder
 // writes; then the buffer is of no use.
 int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales, const float* column_scales,
