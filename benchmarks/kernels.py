@@ -3,8 +3,9 @@
     python benchmarks/kernels.py --quick --json FILE                    # 11008 × 4096, batch 1, all threads: a minute
     python benchmarks/kernels.py --json FILE                            # every shape, thread count and batch
 
-Weights are streamed: all contenders take turns, a call each on another copy, and between two readings of a copy several
-times the last-level cache is read. A figure is the median of its calls. The memory bound of a product is the time
+Weights are streamed: all contenders take turns of a few calls, each on another copy, and between two readings of a copy
+several times the last-level cache is read. A figure is the median of the calls, without the first one of every turn:
+layers of a model follow layers of the same kind, too. The memory bound of a product is the time
 in which the same threads read as many bytes as the kernel reads, measured in the same turns; `ratio_to_bound` is the
 product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
 with eight channels fifty times as large as the others, against float64.
@@ -35,6 +36,7 @@ from subbit.runtime import native
 KINDS = ["2:8", "1:8", "4:8", "3:8", "1:4", "2:16", "3:16"]
 SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
 BATCHES = [1, 8, 32, 512]
+CALLS = 5  # of a turn
 
 
 @dataclass
@@ -47,11 +49,13 @@ class Contender:
     calls: int = 0
 
     def run(self) -> None:
-        """One timed call on the next copy."""
-        started = time.perf_counter()
-        self.call(self.calls % self.copies)
-        self.seconds.append(time.perf_counter() - started)
-        self.calls += 1
+        """A turn, its calls timed but for the first one."""
+        for call in range(CALLS):
+            started = time.perf_counter()
+            self.call(self.calls % self.copies)
+            if call:
+                self.seconds.append(time.perf_counter() - started)
+            self.calls += 1
 
     @property
     def median(self) -> float:
@@ -65,9 +69,9 @@ def cache_bytes() -> int:
     return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
-def copies_for(turn: int) -> int:
-    """How many copies of everything that a turn reads, in bytes, are four times the cache."""
-    return max(2, -(-4 * cache_bytes() // turn))
+def copies_for(size: int) -> int:
+    """How many copies of what the contenders read in a call each are four times the cache; two turns at least."""
+    return max(2 * CALLS, -(-4 * cache_bytes() // size))
 
 
 def processor() -> str:

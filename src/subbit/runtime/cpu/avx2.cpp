@@ -7,19 +7,16 @@
 
 #include <type_traits>
 
+#include "fetch.hpp"
 #include "tables.hpp"
 
 namespace subbit {
 namespace {
 
-// How far ahead of the reads memory is fetched: the hardware alone stops at the end of a page.
-constexpr int kAhead = 8192;
-
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i load_table(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
 inline __m256i low_nibble(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline __m256i high_nibble(__m256i x) { return low_nibble(_mm256_srli_epi16(x, 4)); }
 
@@ -186,7 +183,7 @@ template <int half>
     for (int g = 0; g < groups; g += 2, tables += 64, codes += 128) {
         const __m256i low0 = load_table(tables), high0 = load_table(tables + 16);
         const __m256i low1 = load_table(tables + 32), high1 = load_table(tables + 48);
-        fetch(codes);
+        if (half == 0) fetch(codes), fetch(codes + 64);
         for (int v = 0; v < 2; v++) {
             const __m256i code = load(codes + 32 * v), a = low_nibble(code), b = high_nibble(code);
             const __m256i l = _mm256_add_epi8(_mm256_shuffle_epi8(low0, a), _mm256_shuffle_epi8(low1, b));
@@ -207,8 +204,8 @@ template <Layout layout, int half>
         const uint8_t* mine = codes + 32 * half;
         __m256i bits[3] = {};  // the uppermost bit of a byte decides
         for (int k = 0; k < bits_of(layout); k++) bits[k] = load(mine + bit_at(layout, k));
-        for (int line = 0; half == 0 && line < properties.unit_bytes / 64; line++) fetch(codes + 64 * line);
         for (int j = 0; j < 8; j++, tables += properties.table_bytes) {
+            if (half == 0) fetch_part<layout>(codes, j);
             const __m256i two = load(mine + 64 * j);
             __m256i index[3] = {low_nibble(two), high_nibble(two)};
             if (properties.entries == 3) {

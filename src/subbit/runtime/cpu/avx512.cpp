@@ -8,14 +8,11 @@
 #include <cstring>
 #include <type_traits>
 
+#include "fetch.hpp"
 #include "folded.hpp"
 
 namespace subbit {
 namespace {
-
-// How far ahead of the reads memory is fetched into the second-level cache, and from there into the first: the hardware
-// alone stops at the end of a page.
-constexpr int kFar = 16384, kNear = 1024;
 
 // Unrolled, the loop over the groups of a unit is faster from a cache, and a tenth to a third slower from memory.
 #ifdef __clang__
@@ -32,16 +29,6 @@ inline __mmask64 load_mask(const uint8_t* p) {
     uint64_t bits;
     std::memcpy(&bits, p, 8);
     return _cvtu64_mask64(bits);
-}
-inline void fetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kFar, _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kNear, _MM_HINT_T0);
-}
-// Every eighth part of a unit fetches an eighth of the lines: loads wait behind many at once.
-template <Layout layout>
-inline void fetch_part(const uint8_t* unit, int j) {
-    constexpr int lines = of(layout).unit_bytes / 64;
-    for (int line = j * lines / 8; line < (j + 1) * lines / 8; line++) fetch(unit + 64 * line);
 }
 inline __m512i low_nibble(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline __m512i high_nibble(__m512i x) { return low_nibble(_mm512_srli_epi16(x, 4)); }
