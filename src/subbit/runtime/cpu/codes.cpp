@@ -334,11 +334,15 @@ void Product::run() {
     const Layout layout = shape.layout();
     const int groups = shape.groups(), chunks = chunks_of(groups), columns = of(layout).columns;
     const auto table_size = static_cast<size_t>(chunk_tables(layout));
-    // Every thread has tables of its own: they would otherwise travel between caches.
-    std::vector<uint8_t> memory(table_size * static_cast<size_t>(chunks * together) + 64);
+    // Every thread has tables of its own: they would otherwise travel between caches. They stay for the next call, because
+    // giving a page back to the system and getting it again takes as long as filling it.
+    thread_local std::vector<uint8_t> memory;
+    thread_local std::vector<float> steps, values, sums;
+    memory.resize(std::max(memory.size(), table_size * static_cast<size_t>(chunks * together) + 64));
     uint8_t* tables = memory.data() + 63 - (reinterpret_cast<uintptr_t>(memory.data()) + 63) % 64;
-    std::vector<float> steps(static_cast<size_t>(chunks * together)), values(static_cast<size_t>(groups * columns));
-    std::vector<float> sums(static_cast<size_t>(together * kBlockTiles * kTileRows));
+    steps.resize(static_cast<size_t>(chunks * together));
+    values.resize(static_cast<size_t>(groups * columns));
+    sums.resize(static_cast<size_t>(together * kBlockTiles * kTileRows));
 
     for (int part = 0; part * together < batch; part++) {
         const int first = part * together, count = std::min(together, batch - first);
