@@ -5,8 +5,8 @@
 
 Weights are streamed: all contenders take turns of a few calls, each on another copy, and between two readings of a copy
 several times the last-level cache is read. A figure is the median of the calls, without the first one of every turn:
-layers of a model follow layers of the same kind, too. The memory bound of a product is the time
-in which the same threads read as many bytes as the kernel reads, measured in the same turns; `ratio_to_bound` is the
+layers of a model follow layers of the same kind, too. The memory bound of a product is the time in which the same
+threads read as many bytes as the kernel reads, in pages of 2 MiB, measured in the same turns; `ratio_to_bound` is the
 product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
 with eight channels fifty times as large as the others, against float64.
 """

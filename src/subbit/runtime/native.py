@@ -138,9 +138,7 @@ def shape_of(rows: int, columns: int, n: int, m: int, column_scales: bool) -> _n
 
 
 @lru_cache(maxsize=256)
-def make_shape(
-    rows: int, columns: int, n: int, m: int, column_scales: bool, kernels: _native.Kernels
-) -> _native.Shape:
+def make_shape(rows: int, columns: int, n: int, m: int, column_scales: bool, kernels: _native.Kernels) -> _native.Shape:
     """See :func:`shape_of`."""
     return _native.Shape(rows, columns, n, m, column_scales, kernels)
 
