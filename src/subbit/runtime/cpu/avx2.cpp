@@ -254,8 +254,10 @@ void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int gr
         add_all(constant, [](auto... a) { add_nibbles<Which::value, 0>(a...), add_nibbles<Which::value, 1>(a...); });
     };
     switch (layout) {
-        case Layout::single: return add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
-        case Layout::pair: return add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
+        case Layout::single:
+            return add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
+        case Layout::pair:
+            return add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
         case Layout::triple: return add_all_nibbles(Constant<Layout::triple>());
         case Layout::quad: return add_all_nibbles(Constant<Layout::quad>());
         case Layout::wide2: return add_all_nibbles(Constant<Layout::wide2>());

@@ -211,7 +211,8 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
         __m512i index[8];
         for (int j = 0; j < 6; j++) index[j] = load(codes + 64 * j);
         for (int j = 0; j < 2; j++) {
-            const __m512i *from = index + 3 * j, two = _mm512_srli_epi16(from[0], 6), four = _mm512_srli_epi16(from[1], 4);
+            const __m512i* from = index + 3 * j;
+            const __m512i two = _mm512_srli_epi16(from[0], 6), four = _mm512_srli_epi16(from[1], 4);
             index[6 + j] = select(15, select(3, two, four), _mm512_srli_epi16(from[2], 2));
         }
         SUBBIT_ROLLED

@@ -21,7 +21,8 @@ std::vector<const Kernels*> available() {
     // The compiler's runtime says so only where the system keeps these registers, too.
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f");
     all = all && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (all && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi")) list.push_back(&avx512_kernels);
+    all = all && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
+    if (all) list.push_back(&avx512_kernels);
 #endif
 #ifdef SUBBIT_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
