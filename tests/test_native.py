@@ -33,8 +33,8 @@ from subbit.runtime.reference import packed_linear
 
 pytestmark = pytest.mark.skipif(native.reason_missing() is not None, reason=str(native.reason_missing()))
 
-FAST = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8)]
-EVERY_NM = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8), (2, 16), (3, 16)]
+FAST = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8), (2, 16), (3, 16)]
+EVERY_NM = [*FAST, (2, 4), (4, 16)]
 BOUND = 2e-3  # of the relative error of a product, outlier channels included
 
 
@@ -148,16 +148,18 @@ def test_large_batches(n: int, m: int, batch: int, isa: str) -> None:
 
 @pytest.mark.parametrize(("n", "m"), FAST)
 def test_variants_agree(n: int, m: int) -> None:
-    """The same integer sums of tables in which an entry may be rounded the other way now and then."""
+    """Of the same tables, the same integer sums, but for an entry that is rounded the other way now and then."""
     linear = random_linear(n, m, 130, 1000 // m * m, seed=3)
     inputs = torch.randn(3, linear.shape[1], generator=torch.Generator().manual_seed(3))
-    outputs = []
+    outputs = {}
     for name in native.variants():
         native.use(name)
-        outputs.append(native.linear(inputs, *repacked(linear), None))
+        spec, packed = repacked(linear)
+        outputs[name] = (len(packed), native.linear(inputs, spec, packed, None))
     native.use(None)
-    for output in outputs[1:]:
-        assert relative_error(output, outputs[0].double()) < 1e-4
+    for size, output in outputs.values():
+        expected_size, expected = outputs["portable"]
+        assert relative_error(output, expected.double()) < (1e-4 if size == expected_size else 5e-4)
 
 
 @pytest.mark.parametrize(("n", "m"), EVERY_NM)
@@ -257,11 +259,16 @@ def test_tensors_of_another_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), EVERY_NM)
-def test_memory(n: int, m: int) -> None:
-    """The order of the kernels takes at most 1.3 times the codes of the file (4/3 for two), four bytes for a scale."""
+def test_memory(n: int, m: int, isa: str) -> None:
+    """The order of the kernels takes at most 1.3 times the codes of the file (4/3 for two), four bytes for a scale.
+
+    With tables of 64 entries, no more bytes than the file for three, and at most 2/9 more.
+    """
     spec = CodesSpec(1024, 4096, n, m, True)
     size = native.shape_of_spec(spec).bytes - 4 * (1024 + 4096)
     limit = 4 / 3 if (n, m) in ((1, 4), (3, 8)) else 1.3
+    if native.variant() == "AVX512VBMI":
+        limit = 11 / 9 if (n, m) == (3, 8) else 1.0 if (n, m) in ((1, 4), (2, 8), (4, 8)) else limit
     assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))
 
 

@@ -48,6 +48,7 @@ __all__ = [
     "use",
     "variant",
     "variants",
+    "zeros",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +79,7 @@ def supports_rows(spec: EmbeddingSpec) -> bool:
 
 def is_fast(n: int, m: int) -> bool:
     """Whether the kernel of N:M looks a vector of rows up at a time; the others take one codeword after the other."""
-    return m == 8 or (n, m) == (1, 4)
+    return m == 8 or (n, m) in ((1, 4), (2, 16), (3, 16))
 
 
 def variants() -> list[str]:
@@ -98,7 +99,10 @@ def join_torch_threads() -> None:
 
 
 def use(name: str | None) -> None:
-    """Choose an instruction set by name, for tests and benchmarks; None is the best one again."""
+    """Choose an instruction set by name, for tests and benchmarks; None is the best one again.
+
+    A linear repacked for one instruction set is not to be multiplied with another.
+    """
     global _chosen
     _chosen = _native.find(name or variants()[0])
 
@@ -110,10 +114,11 @@ def kernels() -> _native.Kernels:
     """The kernels in use: the best ones, or what ``SUBBIT_ISA`` names, until :func:`use`."""
     if _chosen is None:
         join_torch_threads()
-        name = os.environ.get("SUBBIT_ISA") or None
-        if name and name not in variants():
-            raise UserError(f"SUBBIT_ISA is {name}, but this processor has kernels for: {', '.join(variants())}")
-        use(name)
+        given = os.environ.get("SUBBIT_ISA")
+        names = {name.lower(): name for name in variants()}
+        if given and given.lower() not in names:
+            raise UserError(f"SUBBIT_ISA is {given}, but this processor has kernels for: {', '.join(variants())}")
+        use(names[given.lower()] if given else None)
     assert _chosen is not None
     return _chosen
 
@@ -128,15 +133,27 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@lru_cache(maxsize=256)
 def shape_of(rows: int, columns: int, n: int, m: int, column_scales: bool) -> _native.Shape:
-    """What the extension calls a shape."""
-    return _native.Shape(rows, columns, n, m, column_scales)
+    """What the extension calls a shape: the order of the codes is that of the kernels in use."""
+    return make_shape(rows, columns, n, m, column_scales, kernels())
+
+
+@lru_cache(maxsize=256)
+def make_shape(rows: int, columns: int, n: int, m: int, column_scales: bool, kernels: _native.Kernels) -> _native.Shape:
+    """See :func:`shape_of`."""
+    return _native.Shape(rows, columns, n, m, column_scales, kernels)
 
 
 def shape_of_spec(spec: CodesSpec) -> _native.Shape:
     """The shape of a linear."""
     return shape_of(spec.out_features, spec.in_features, spec.n, spec.m, spec.has_column_scales)
+
+
+def zeros(count: int) -> Tensor:
+    """(count,) uint8 in memory that is fast to read from end to end."""
+    tensor = torch.empty(count, dtype=torch.uint8)
+    _native.use_large_pages(address(tensor), count)
+    return tensor.zero_()
 
 
 def repack(spec: CodesSpec, tensors: dict[str, Tensor]) -> Tensor:
@@ -149,7 +166,7 @@ def repack(spec: CodesSpec, tensors: dict[str, Tensor]) -> Tensor:
         if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype:
             raise CheckpointError(f"{name} of a linear is {list(tensors[name].shape)}, not {list(shape)}")
     shape_ = shape_of_spec(spec)
-    packed = torch.zeros(shape_.bytes, dtype=torch.uint8)
+    packed = zeros(shape_.bytes)
     codes, rows = tensors["codes"].contiguous(), tensors["row_scales"].float().contiguous()
     columns = tensors["column_scales"].float().contiguous() if spec.has_column_scales else None
     threads = torch.get_num_threads()

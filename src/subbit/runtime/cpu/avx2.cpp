@@ -7,19 +7,16 @@
 
 #include <type_traits>
 
+#include "fetch.hpp"
 #include "tables.hpp"
 
 namespace subbit {
 namespace {
 
-// How far ahead of the reads memory is fetched: the hardware alone stops at the end of a page.
-constexpr int kAhead = 8192;
-
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i load_table(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0); }
 inline __m256i low_nibble(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline __m256i high_nibble(__m256i x) { return low_nibble(_mm256_srli_epi16(x, 4)); }
 
@@ -52,12 +49,12 @@ inline void put(uint8_t* table, __m256i first, __m256i second) {
 float build_symbols(const float* x, int groups, uint8_t* tables) {
     __m256 most = _mm256_setzero_ps();
     for (int g = 0; g < groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
-    const float largest = largest_lane(most), limit = kSymbolGrid.zero - 1;
+    const float largest = largest_lane(most), limit = kTwoGrid.zero - 1;
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
-    const __m256i zero = _mm256_set1_epi32(kSymbolGrid.zero);
+    const __m256i zero = _mm256_set1_epi32(kTwoGrid.zero);
     for (int g = 0; g < groups; g++, x += 8, tables += 32) {
         const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
-        put<kSymbolGrid.radix>(tables, _mm256_sub_epi32(zero, q), _mm256_add_epi32(zero, q));
+        put<kTwoGrid.radix>(tables, _mm256_sub_epi32(zero, q), _mm256_add_epi32(zero, q));
     }
     return largest / limit;
 }
@@ -77,12 +74,12 @@ struct Sums {
         return {_mm256_cvtps_epi32(_mm256_mul_ps(first, inverse)), _mm256_cvtps_epi32(_mm256_mul_ps(second, inverse))};
     }
     void put_plus(uint8_t* table) const {
-        const __m256i zero = _mm256_set1_epi32(kSignGrid.zero);
-        put<kSignGrid.radix>(table, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
+        const __m256i zero = _mm256_set1_epi32(kThreeGrid.zero);
+        put<kThreeGrid.radix>(table, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
     }
     void put_minus(uint8_t* table) const {
-        const __m256i zero = _mm256_set1_epi32(kSignGrid.zero);
-        put<kSignGrid.radix>(table, _mm256_sub_epi32(zero, first), _mm256_sub_epi32(zero, second));
+        const __m256i zero = _mm256_set1_epi32(kThreeGrid.zero);
+        put<kThreeGrid.radix>(table, _mm256_sub_epi32(zero, first), _mm256_sub_epi32(zero, second));
     }
 };
 
@@ -93,7 +90,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
         const float whole = sum_of_lanes(magnitude(_mm256_loadu_ps(x + 8 * g)));
         most = whole > most ? whole : most;
     }
-    const float largest = 0.5F * most, limit = kSignGrid.zero;  // no sum of a table is larger
+    const float largest = 0.5F * most, limit = kThreeGrid.zero;  // no sum of a table is larger
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += 128) {
         Sums::of<4>(x, inverse, kFactors.half).put_plus(tables);
@@ -105,8 +102,29 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
     return largest / limit;
 }
 
+// Two tables a group of 16 columns: x, and -x.
+template <Layout layout>
+float build_wide(const float* x, int groups, uint8_t* tables) {
+    constexpr Grid grid = of(layout).grid;
+    __m256 most = _mm256_setzero_ps();
+    for (int g = 0; g < 2 * groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
+    const float largest = largest_lane(most), limit = grid.zero - 1;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
+    const __m256i zero = _mm256_set1_epi32(grid.zero);
+    for (int g = 0; g < groups; g++, x += 16, tables += 64) {
+        const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
+        const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse));
+        put<grid.radix>(tables, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
+        put<grid.radix>(tables + 32, _mm256_sub_epi32(zero, first), _mm256_sub_epi32(zero, second));
+    }
+    return largest / limit;
+}
+
 float build_avx2(Layout layout, const float* inputs, int groups, uint8_t* tables) {
-    return has_symbols(layout) ? build_symbols(inputs, groups, tables) : build_signs(inputs, groups, tables);
+    return (has_symbols(layout)          ? build_symbols
+            : layout == Layout::wide2    ? build_wide<Layout::wide2>
+            : layout == Layout::wide3    ? build_wide<Layout::wide3>
+                                         : build_signs)(inputs, groups, tables);
 }
 
 // sums[0..15] += step * (low + radix * high - zero), of 16 rows in 16 bits.
@@ -153,7 +171,7 @@ template <int half>
         high.add(_mm256_add_epi8(_mm256_shuffle_epi8(load_table(tables + 16), a),
                                  _mm256_shuffle_epi8(load_table(tables + 48), b)));
     }
-    flush<kSymbolGrid.radix>(low, high, zero, step, sums + 32 * half);
+    flush<kTwoGrid.radix>(low, high, zero, step, sums + 32 * half);
 }
 
 template <int half>
@@ -165,7 +183,7 @@ template <int half>
     for (int g = 0; g < groups; g += 2, tables += 64, codes += 128) {
         const __m256i low0 = load_table(tables), high0 = load_table(tables + 16);
         const __m256i low1 = load_table(tables + 32), high1 = load_table(tables + 48);
-        fetch(codes);
+        if (half == 0) fetch(codes), fetch(codes + 64);
         for (int v = 0; v < 2; v++) {
             const __m256i code = load(codes + 32 * v), a = low_nibble(code), b = high_nibble(code);
             const __m256i l = _mm256_add_epi8(_mm256_shuffle_epi8(low0, a), _mm256_shuffle_epi8(low1, b));
@@ -174,69 +192,76 @@ template <int half>
             high[v] = _mm256_add_epi16(high[v], _mm256_maddubs_epi16(h, ones));
         }
     }
-    for (int v = 0; v < 2; v++) flush<kSymbolGrid.radix>(low[v], high[v], zero, step, sums + 32 * half + 16 * v);
+    for (int v = 0; v < 2; v++) flush<kTwoGrid.radix>(low[v], high[v], zero, step, sums + 32 * half + 16 * v);
 }
 
 template <Layout layout, int half>
-[[gnu::noinline]] void add_signs(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
-                                  float* sums) {
-    constexpr bool negatives = layout == Layout::quad;
+[[gnu::noinline]] void add_nibbles(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                    float* sums) {
+    constexpr Properties properties = of(layout);
     Wide low, high;
-    for (int unit = 0; unit < groups; unit += 8, codes += unit_bytes(layout)) {
+    for (int unit = 0; unit < groups; unit += 8, codes += properties.unit_bytes) {
         const uint8_t* mine = codes + 32 * half;
-        __m256i negative{};  // the uppermost bit of a byte decides
-        if (negatives) negative = load(mine + 768);
-        for (int line = 0; half == 0 && line < unit_bytes(layout) / 64; line++) fetch(codes + 64 * line);
-        for (int j = 0; j < 8; j++, tables += 128) {
-            const __m256i t = load(mine + 64 * j), s2 = load(mine + 512 + j / 2 * 64);
-            const __m256i a = low_nibble(t), b = high_nibble(t), s = j % 2 ? high_nibble(s2) : low_nibble(s2);
+        __m256i bits[3] = {};  // the uppermost bit of a byte decides
+        for (int k = 0; k < bits_of(layout); k++) bits[k] = load(mine + bit_at(layout, k));
+        for (int j = 0; j < 8; j++, tables += properties.table_bytes) {
+            if (half == 0) fetch_part<layout>(codes, j);
+            const __m256i two = load(mine + 64 * j);
+            __m256i index[3] = {low_nibble(two), high_nibble(two)};
+            if (properties.entries == 3) {
+                const __m256i third = load(mine + third_at(j));
+                index[2] = j % 2 ? high_nibble(third) : low_nibble(third);
+            }
             const auto sum = [&](int plane) {
-                __m256i third = _mm256_shuffle_epi8(load_table(tables + 64 + plane), s);
-                if (negatives) {
-                    const __m256i minus = _mm256_shuffle_epi8(load_table(tables + 96 + plane), s);
-                    third = _mm256_blendv_epi8(third, minus, negative);
+                __m256i total = _mm256_setzero_si256();
+                for (int k = 0; k < properties.entries; k++) {
+                    const uint8_t* table = tables + table_at(layout, k) + plane;
+                    __m256i entry = _mm256_shuffle_epi8(load_table(table), index[k]);
+                    if (has_bit(layout, k)) {
+                        const __m256i other = _mm256_shuffle_epi8(load_table(table + 32), index[k]);
+                        entry = _mm256_blendv_epi8(entry, other, bits[layout == Layout::quad ? 0 : k]);
+                    }
+                    total = _mm256_add_epi8(total, entry);
                 }
-                const __m256i first = _mm256_shuffle_epi8(load_table(tables + plane), a);
-                const __m256i second = _mm256_shuffle_epi8(load_table(tables + 32 + plane), b);
-                return _mm256_add_epi8(_mm256_add_epi8(first, second), third);
+                return total;
             };
             low.add(sum(0));
             high.add(sum(16));
-            negative = _mm256_add_epi8(negative, negative);
+            for (int k = 0; k < bits_of(layout); k++) bits[k] = _mm256_add_epi8(bits[k], bits[k]);
         }
     }
-    flush<kSignGrid.radix>(low, high, zero, step, sums + 32 * half);
+    flush<properties.grid.radix>(low, high, zero, step, sums + 32 * half);
 }
 
 template <Layout layout>
 using Constant = std::integral_constant<Layout, layout>;
 
-// All chunks of a tile.
 template <Layout layout, class Add>
-void add_tile(const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums, Add add) {
-    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
-        const int count = in_chunk(groups, chunk);
-        const __m256i zero = _mm256_set1_epi32(count * entries(layout) * grid_of(layout).zero);
-        add(codes, tables, count, zero, _mm256_set1_ps(steps[chunk]), sums);
-        codes += chunk_codes(layout);
-        tables += chunk_tables(layout);
+void add_tiles(const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles, Add add) {
+    const __m256i zero = _mm256_set1_epi32(groups * of(layout).entries * of(layout).grid.zero);
+    for (int tile = 0; tile < tiles; tile++, codes += bytes_of(layout, groups), sums += kTileRows) {
+        add(codes, tables, groups, zero, _mm256_set1_ps(step), sums);
     }
 }
 
-void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
-              float* sums) {
-    constexpr Layout triple = Layout::triple, quad = Layout::quad;
+void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums,
+              int tiles) {
     const auto add_all = [&](auto constant, auto add) {
-        add_tile<decltype(constant)::value>(codes, tables, groups, steps, sums, add);
+        add_tiles<decltype(constant)::value>(codes, tables, groups, step, sums, tiles, add);
     };
-    if (layout == Layout::single) {
-        add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
-    } else if (layout == Layout::pair) {
-        add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
-    } else if (layout == triple) {
-        add_all(Constant<triple>(), [](auto... a) { add_signs<triple, 0>(a...), add_signs<triple, 1>(a...); });
-    } else {
-        add_all(Constant<quad>(), [](auto... a) { add_signs<quad, 0>(a...), add_signs<quad, 1>(a...); });
+    const auto add_all_nibbles = [&](auto constant) {
+        using Which = decltype(constant);
+        add_all(constant, [](auto... a) { add_nibbles<Which::value, 0>(a...), add_nibbles<Which::value, 1>(a...); });
+    };
+    switch (layout) {
+        case Layout::single:
+            return add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
+        case Layout::pair:
+            return add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
+        case Layout::triple: return add_all_nibbles(Constant<Layout::triple>());
+        case Layout::quad: return add_all_nibbles(Constant<Layout::quad>());
+        case Layout::wide2: return add_all_nibbles(Constant<Layout::wide2>());
+        default: return add_all_nibbles(Constant<Layout::wide3>());
     }
 }
 
@@ -291,14 +316,14 @@ void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, 
     }
 }
 
+}  // namespace
+
 void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
     const bool whole = matrix.group_size % 16 == 0 && matrix.columns % 16 == 0;
     const RowsKernel kernel = !whole ? add_rows : matrix.bits == 8 ? add_rows_avx2<8> : add_rows_avx2<4>;
     kernel(matrix, inputs, first, count, sums);
 }
 
-}  // namespace
-
-const Kernels avx2_kernels{"AVX2", build_avx2, add_avx2, read_avx2, rows_avx2};
+const Kernels avx2_kernels{"AVX2", false, build_avx2, add_avx2, read_avx2, rows_avx2};
 
 }  // namespace subbit

@@ -18,6 +18,13 @@ namespace {
 // Best first. A new instruction set is a translation unit with flags of its own in CMakeLists.txt and a line here.
 std::vector<const Kernels*> available() {
     std::vector<const Kernels*> list;
+#ifdef SUBBIT_AVX512
+    // The compiler's runtime says so only where the system keeps these registers, too.
+    bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f");
+    all = all && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    all = all && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
+    if (all) list.push_back(&avx512_kernels);
+#endif
 #ifdef SUBBIT_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
 #endif
@@ -42,11 +49,13 @@ T* pointer(uintptr_t address) {
 
 NB_MODULE(_native, module) {
     using namespace subbit;
-    nb::class_<Shape>(module, "Shape")
-        .def(nb::init<int, int, int, int, bool>(), nb::arg("rows"), nb::arg("columns"), nb::arg("n"), nb::arg("m"),
-             nb::arg("column_scales"))
-        .def_prop_ro("bytes", &Shape::bytes);
     nb::class_<Kernels>(module, "Kernels").def_ro("name", &Kernels::name);
+    nb::class_<Shape>(module, "Shape")
+        .def("__init__",
+             [](Shape* shape, int rows, int columns, int n, int m, bool column_scales, const Kernels& kernels) {
+                 new (shape) Shape{rows, columns, n, m, column_scales, kernels.folded};
+             })
+        .def_prop_ro("bytes", &Shape::bytes);
     module.def("variants", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
@@ -54,6 +63,8 @@ NB_MODULE(_native, module) {
     });
     module.def("find", &find_kernels, nb::rv_policy::reference, nb::arg("name"));
     module.def("use_gomp_parallel", [](uintptr_t function) { use_gomp_parallel(pointer<void>(function)); });
+    module.def("use_large_pages",
+               [](uintptr_t bytes, size_t count) { use_large_pages(pointer<uint8_t>(bytes), count); });
     module.def(
         "repack",
         [](const Shape& shape, uintptr_t codes, uintptr_t row_scales, uintptr_t column_scales, uintptr_t buffer,

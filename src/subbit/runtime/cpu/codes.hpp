@@ -1,60 +1,90 @@
 // Packed `codes` linears in the order in which the kernels read them, and what a kernel is.
 //
-// A look-up kernel computes, for one input vector, a small table for every group of 8 columns, and then reads a row's
-// product with a group from the table: no weight is ever multiplied. Tables have 16 entries of two bytes, the size that
-// one byte-shuffle instruction looks up in 16 or 32 rows at once; the bytes are kept apart in a low and a high plane.
+// A look-up kernel computes, for one input vector, a small table for every group of 8 or 16 columns, and then reads a
+// row's product with a group from the table: no weight is ever multiplied. Tables have the size that one byte-shuffle
+// instruction looks many rows up in at once: 16 entries, or 64 where AVX-512 is. Entries have two bytes, which are kept
+// apart in a low and a high plane.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "numbers.hpp"
 #include "rows.hpp"
 
 namespace subbit {
 
-// A symbol is one kept weight of a group of 8: its column, plus 8 if it is positive.
+// A symbol is one kept weight of a group: its column, and whether it is positive.
 //
-// 3:8 and 4:8 are sums of two vectors of signs: a kept weight is (s + t) / 2 with s, t in {-1, +1}^8, a pruned one has
-// s = -t. t is 8 signs, two half bytes. s is a row of a Hadamard matrix of order 12 (half a byte), for 4:8 or its
-// negative (a bit more): in any three columns the 12 rows, in any four the 24, have every choice of signs.
+// In tables of 16 entries, 3:8 and 4:8 are sums of two vectors of signs: a kept weight is (s + t) / 2 with s, t in
+// {-1, +1}^8, a pruned one has s = -t. t is 8 signs, two half bytes. s is a row of a Hadamard matrix of order 12 (half a
+// byte), for 4:8 or its negative (a bit more): in any three columns the 12 rows, in any four the 24, have every choice of
+// signs.
+//
+// In tables of 64 entries (folded.hpp) an entry is a vector of weights, or its negative: a bit more.
 enum class Layout {
     single,   // 1:8, a symbol a group: half a byte
     pair,     // 2:8 and 1:4, two symbols a group: a byte
     triple,   // 3:8: 12 bits
     quad,     // 4:8: 13 bits
+    wide2,    // 2:16, two columns of 16, half a byte each, and two signs: 10 bits
+    wide3,    // 3:16: 15 bits
+    six,      // 1:4 in tables of 64, 6 bits for two codewords
+    seven,    // 2:8 in tables of 64: 7 bits
+    halves3,  // 3:8 in tables of 64, one for four columns: 11 bits
+    halves4,  // 4:8, as 3:8
     generic,  // any other N:M: the codewords of the file
 };
 
-constexpr int kTileRows = 64;     // rows that lie interleaved
-constexpr int kChunkGroups = 32;  // groups that share a scale of their tables; their sums fit 16 bits
-constexpr int kMaxKept = 4;
-
-// What the entries of the tables are: an integer below radix^2, of which `zero` stands for 0; the largest sum of
+// What the entries of the tables are: an integer below 2^14, of which `zero` stands for 0; the largest sum of
 // bytes before they are widened (2 or 3 entries) is below 256.
 struct Grid {
     int radix, zero;
 };
-constexpr Grid kSymbolGrid{128, 8192}, kSignGrid{86, 3697};
+constexpr Grid kTwoGrid{128, 8192}, kThreeGrid{86, 3697};
+// Negating is radix - low and radix - high: 2 * zero = radix + radix * radix.
+constexpr Grid kFoldedGrid{127, 8128};
+
+struct Properties {
+    int columns;      // of a group
+    int groups;       // of a unit, in which the rows of a tile lie one after the other
+    int unit_bytes;   // of a tile's rows in one unit
+    int table_bytes;  // of a group
+    int entries;      // looked up for a row and group
+    Grid grid;
+};
+constexpr Properties kProperties[] = {
+    {8, 2, 64, 32, 1, kTwoGrid},       // single
+    {8, 2, 128, 32, 2, kTwoGrid},      // pair
+    {8, 8, 768, 128, 3, kThreeGrid},   // triple
+    {8, 8, 832, 128, 3, kThreeGrid},   // quad
+    {16, 8, 640, 64, 2, kTwoGrid},     // wide2
+    {16, 8, 960, 64, 3, kThreeGrid},   // wide3
+    {8, 8, 384, 128, 1, kFoldedGrid},  // six
+    {8, 8, 448, 128, 1, kFoldedGrid},  // seven
+    {8, 8, 704, 256, 2, kFoldedGrid},  // halves3
+    {8, 8, 704, 256, 2, kFoldedGrid},  // halves4
+    {8, 1, 0, 0, 0, kTwoGrid},         // generic, which has no units
+};
+constexpr const Properties& of(Layout layout) { return kProperties[static_cast<int>(layout)]; }
+
+constexpr int kTileRows = 64;     // rows that lie interleaved
+constexpr int kChunkGroups = 32;  // groups that share a scale of their tables; their sums fit 16 bits
+// Tiles whose codes of the first chunk lie one after the other, then those of the second one: so the tables of a chunk
+// are read from the first-level cache, which does not hold all tables.
+constexpr int kBlockTiles = 4;
+constexpr int kMaxKept = 4;
 
 constexpr int chunks_of(int groups) { return (groups + kChunkGroups - 1) / kChunkGroups; }
 constexpr int in_chunk(int groups, int chunk) {  // groups of it: the last one may have fewer
     return chunk < groups / kChunkGroups ? kChunkGroups : groups % kChunkGroups;
 }
+constexpr int bytes_of(Layout layout, int groups) { return groups / of(layout).groups * of(layout).unit_bytes; }
+constexpr int chunk_tables(Layout layout) { return kChunkGroups * of(layout).table_bytes; }
 
+constexpr bool is_wide(Layout layout) { return layout == Layout::wide2 || layout == Layout::wide3; }
 constexpr bool has_symbols(Layout layout) { return layout == Layout::single || layout == Layout::pair; }
-constexpr Grid grid_of(Layout layout) { return has_symbols(layout) ? kSymbolGrid : kSignGrid; }
-constexpr int table_bytes(Layout layout) { return has_symbols(layout) ? 32 : 128; }  // of a group
-constexpr int entries(Layout layout) {  // looked up for a row and group
-    return layout == Layout::single ? 1 : layout == Layout::pair ? 2 : 3;
-}
-constexpr int group_multiple(Layout layout) { return has_symbols(layout) ? 2 : 8; }  // groups of a unit
-constexpr int unit_bytes(Layout layout) {  // of a tile's rows in one unit
-    return layout == Layout::single ? 64 : layout == Layout::pair ? 128 : layout == Layout::triple ? 768 : 832;
-}
-
-constexpr int chunk_codes(Layout layout) { return kChunkGroups / group_multiple(layout) * unit_bytes(layout); }
-constexpr int chunk_tables(Layout layout) { return kChunkGroups * table_bytes(layout); }
 
 // Where a row of a tile lies within 64 bytes (32 for 16 rows of `pair`). The order is the one in which widening 8 to 16
 // to 32 bits leaves the lanes of a vector, so that sums come out in the order of the rows.
@@ -63,26 +93,38 @@ constexpr int word_of(int row) {
     return lane < 4 || lane >= 12 ? lane : lane < 8 ? lane + 4 : lane - 4;
 }
 constexpr int byte_of(int row) { return row / 32 * 32 + 2 * word_of(row) + row / 16 % 2; }
+constexpr int pair_of(int row) { return row / 16 * 32 + 2 * word_of(row); }
 
-// Where a unit keeps things: low or high half bytes for even and odd groups, or whole bytes.
-constexpr int symbol_at(Layout layout, int row, int slot) {
-    return layout == Layout::single ? byte_of(row) : row / 16 * 32 + 2 * word_of(row) + slot;
-}
-constexpr int t_at(int row, int group) { return 64 * group + byte_of(row); }
-constexpr int s_at(int row, int group) { return 512 + group / 2 * 64 + byte_of(row); }
-constexpr int negative_at(int row) { return 768 + byte_of(row); }  // bit 7 - group
+// triple, quad and wide: a byte for two half bytes, then bytes for the third one of two groups, then bytes with a bit for
+// each of eight groups, the first one uppermost. Half byte k is looked up in table_at, or, if its bit is set, in the
+// table after that.
+constexpr int third_at(int group) { return 512 + group / 2 * 64; }
+constexpr int bits_of(Layout layout) { return layout == Layout::quad ? 1 : is_wide(layout) ? of(layout).entries : 0; }
+constexpr int bit_at(Layout layout, int k) { return (of(layout).entries == 2 ? 512 : 768) + (is_wide(layout) ? 64 * k : 0); }
+constexpr bool has_bit(Layout layout, int k) { return is_wide(layout) || (layout == Layout::quad && k == 2); }
+constexpr int table_at(Layout layout, int k) { return is_wide(layout) ? 0 : 32 * k; }
 
 // Eight columns of the Hadamard matrix; bit j is 1 for +1.
 constexpr uint8_t kHadamard[12] = {255, 71, 142, 29, 58, 116, 233, 210, 164, 72, 145, 35};
 
+// Some bits of the code of a group, and where they lie in a unit.
+struct Field {
+    enum Rows { bytes, pairs, bits };
+
+    int shift, width;  // of the code
+    int at, bit;       // first byte of all rows, and the lowest bit there
+    Rows rows;         // a byte of each row at byte_of, at pair_of, or a bit
+};
+std::vector<Field> fields_of(Layout layout, int group);
+
 // What differs between instruction sets.
 struct Kernels {
     const char* name;
-    // Fill the tables of a chunk of `groups` groups from 8 * groups inputs; returns the value of one step of the grid.
+    bool folded;  // whether tables have 64 entries where that saves bits
+    // Fill the tables of a chunk of `groups` groups from their inputs; returns the value of one step of the grid.
     float (*build)(Layout, const float* inputs, int groups, uint8_t* tables);
-    // sums[r] += steps[c] * (sum over the groups of chunk c of row r), for the kTileRows rows of a tile and all chunks
-    // of `groups` groups, one after the other.
-    void (*add)(Layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps, float* sums);
+    // sums[r] += step * (sum over the groups of a chunk of row r), for the rows of `tiles` tiles.
+    void (*add)(Layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles);
     // Read memory and do nothing with it, 64 bytes at a time: the bound of any kernel, for benchmarks.
     uint64_t (*read)(const uint8_t* bytes, size_t count);
     RowsKernel rows;
@@ -92,22 +134,30 @@ extern const Kernels portable_kernels;
 #ifdef SUBBIT_AVX2
 extern const Kernels avx2_kernels;
 #endif
+#ifdef SUBBIT_AVX512
+extern const Kernels avx512_kernels;
+#endif
 
 // A linear in kernel order. The buffer holds the codes, then float32 row scales, then float32 column scales if any.
 struct Shape {
     int rows, columns, n, m;
     bool column_scales;
+    bool folded;  // of the kernels that will read it
 
     Layout layout() const;
     int width() const;                             // bits of a codeword in the file
     int codewords() const { return columns / m; }  // of a row
-    int groups() const;                            // of 8 columns, rounded up to whole units
+    int groups() const;                            // rounded up to whole units
     int tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+    int blocks() const { return (tiles() + kBlockTiles - 1) / kBlockTiles; }
     size_t file_row_bytes() const;
     size_t tile_bytes() const;
+    size_t chunk_at(int tile, int chunk) const;  // where the codes of a tile for a chunk are
     size_t scales_offset() const;
     size_t bytes() const;
 };
+
+void use_large_pages(uint8_t* bytes, size_t count);
 
 // Fill `buffer` (shape.bytes(), zeroed) from the codes of the file. Returns -1, or the first codeword that no encoder
 // writes; then the buffer is of no use.

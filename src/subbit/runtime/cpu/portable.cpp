@@ -14,14 +14,17 @@ void put(const Grid& grid, uint8_t* table, int i, float x) {
     table[16 + i] = static_cast<uint8_t>(value / grid.radix);
 }
 
-float build_symbols(const float* x, int groups, uint8_t* tables) {
+// -x and x of each column: halves of one table for 8 columns, two tables for 16.
+float build_symbols(const Properties& properties, const float* x, int groups, uint8_t* tables) {
+    const int columns = properties.columns, other = columns == 8 ? 8 : 32;
     float largest = 0;
-    for (int i = 0; i < 8 * groups; i++) largest = std::fmax(largest, std::fabs(x[i]));
-    const float limit = kSymbolGrid.zero - 1, inverse = largest > 0 ? limit / largest : 0;
-    for (int g = 0; g < groups; g++, x += 8, tables += 32) {
-        for (int j = 0; j < 8; j++) {
-            put(kSymbolGrid, tables, j, -x[j] * inverse);
-            put(kSymbolGrid, tables, 8 + j, x[j] * inverse);
+    for (int i = 0; i < columns * groups; i++) largest = std::fmax(largest, std::fabs(x[i]));
+    const float limit = static_cast<float>(properties.grid.zero - 1), inverse = largest > 0 ? limit / largest : 0;
+    for (int g = 0; g < groups; g++, x += columns, tables += properties.table_bytes) {
+        for (int j = 0; j < columns; j++) {
+            const float sign = columns == 8 ? -1 : 1;
+            put(properties.grid, tables, j, sign * x[j] * inverse);
+            put(properties.grid, tables + (other & 32), (other & 8) + j, -sign * x[j] * inverse);
         }
     }
     return largest / limit;
@@ -35,58 +38,55 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
         for (int j = 0; j < 8; j++) sum += std::fabs(x[8 * g + j]);
         largest = std::fmax(largest, 0.5F * sum);  // no sum of a table is larger
     }
-    const float limit = kSignGrid.zero, inverse = largest > 0 ? limit / largest : 0;
+    const float limit = kThreeGrid.zero, inverse = largest > 0 ? limit / largest : 0;
     for (int g = 0; g < groups; g++, x += 8, tables += 128) {
         for (int i = 0; i < 16; i++) {
             float low = 0, high = 0, s = 0;
             for (int j = 0; j < 4; j++) low += x[j] * inverse * kFactors.half[j][i];
             for (int j = 0; j < 4; j++) high += x[4 + j] * inverse * kFactors.half[j][i];
             for (int j = 0; j < 8; j++) s += x[j] * inverse * kFactors.hadamard[j][i];
-            put(kSignGrid, tables, i, low);
-            put(kSignGrid, tables + 32, i, high);
-            put(kSignGrid, tables + 64, i, s);
-            put(kSignGrid, tables + 96, i, -s);
+            put(kThreeGrid, tables, i, low);
+            put(kThreeGrid, tables + 32, i, high);
+            put(kThreeGrid, tables + 64, i, s);
+            put(kThreeGrid, tables + 96, i, -s);
         }
     }
     return largest / limit;
 }
 
 float build_portable(Layout layout, const float* inputs, int groups, uint8_t* tables) {
-    return has_symbols(layout) ? build_symbols(inputs, groups, tables) : build_signs(inputs, groups, tables);
+    const bool signs = layout == Layout::triple || layout == Layout::quad;
+    return signs ? build_signs(inputs, groups, tables) : build_symbols(of(layout), inputs, groups, tables);
 }
 
-int value(const uint8_t* table, int entry, int radix) { return table[entry] + radix * table[16 + entry]; }
-
-void add_chunk(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums) {
-    const Grid grid = grid_of(layout);
-    const int multiple = group_multiple(layout);
-    int32_t total[kTileRows] = {};
-    for (int g = 0; g < groups; g++) {
-        const uint8_t* unit = codes + g / multiple * unit_bytes(layout);
-        const uint8_t* table = tables + g * table_bytes(layout);
-        const int j = g % multiple, shift = g % 2 * 4;
-        for (int row = 0; row < kTileRows; row++) {
-            const auto look_up = [&](int which, int entry) { return value(table + 32 * which, entry, grid.radix); };
-            if (has_symbols(layout)) {
-                for (int slot = 0; slot < entries(layout); slot++)
-                    total[row] += look_up(0, unit[symbol_at(layout, row, slot)] >> shift & 15);
-            } else {
-                const int t = unit[t_at(row, j)], s = unit[s_at(row, j)] >> shift & 15;
-                const int negative = layout == Layout::quad ? unit[negative_at(row)] >> (7 - j) & 1 : 0;
-                total[row] += look_up(0, t & 15) + look_up(1, t >> 4) + look_up(2 + negative, s);
-            }
-        }
+// The product of a row with group j of a unit, zeros included.
+int look_up(Layout layout, const uint8_t* unit, const uint8_t* tables, int row, int j) {
+    int sum = 0;
+    for (int k = 0; k < of(layout).entries; k++) {
+        const int at = has_symbols(layout) ? (layout == Layout::single ? byte_of(row) : pair_of(row) + k)
+                       : k == 2            ? third_at(j) + byte_of(row)
+                                           : 64 * j + byte_of(row);
+        const bool upper = (has_symbols(layout) || k == 2 ? j : k) % 2;
+        const int entry = upper ? unit[at] >> 4 : unit[at] & 15;
+        const uint8_t* table = tables + table_at(layout, has_symbols(layout) ? 0 : k);
+        if (has_bit(layout, k) && unit[bit_at(layout, k) + byte_of(row)] >> (7 - j) & 1) table += 32;
+        sum += table[entry] + of(layout).grid.radix * table[16 + entry];
     }
-    const int32_t zero = groups * entries(layout) * grid.zero;
-    for (int row = 0; row < kTileRows; row++) sums[row] += step * static_cast<float>(total[row] - zero);
+    return sum;
 }
 
-void add_portable(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, const float* steps,
-                  float* sums) {
-    for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
-        add_chunk(layout, codes, tables, in_chunk(groups, chunk), steps[chunk], sums);
-        codes += chunk_codes(layout);
-        tables += chunk_tables(layout);
+void add_portable(Layout layout, const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums,
+                  int tiles) {
+    const Properties& properties = of(layout);
+    const int32_t zero = groups * properties.entries * properties.grid.zero;
+    for (int tile = 0; tile < tiles; tile++, codes += bytes_of(layout, groups), sums += kTileRows) {
+        int32_t total[kTileRows] = {};
+        for (int g = 0; g < groups; g++) {
+            const uint8_t* unit = codes + g / properties.groups * properties.unit_bytes;
+            const uint8_t* table = tables + g * properties.table_bytes;
+            for (int row = 0; row < kTileRows; row++) total[row] += look_up(layout, unit, table, row, g % properties.groups);
+        }
+        for (int row = 0; row < kTileRows; row++) sums[row] += step * static_cast<float>(total[row] - zero);
     }
 }
 
@@ -102,6 +102,6 @@ uint64_t read_portable(const uint8_t* bytes, size_t count) {
 
 }  // namespace
 
-const Kernels portable_kernels{"portable", build_portable, add_portable, read_portable, add_rows};
+const Kernels portable_kernels{"portable", false, build_portable, add_portable, read_portable, add_rows};
 
 }  // namespace subbit

@@ -36,6 +36,7 @@ struct RowInputs {
 // sums[0 .. count - 1] of the rows from `first` on.
 using RowsKernel = void (*)(const RowMatrix&, const RowInputs&, int first, int count, float* sums);
 void add_rows(const RowMatrix&, const RowInputs&, int first, int count, float* sums);  // in portable C++
+void rows_avx2(const RowMatrix&, const RowInputs&, int first, int count, float* sums);
 
 // outputs (batch x rows) = inputs (batch x columns) times the matrix, plus bias unless it is null; outputs have the dtype
 // of the inputs. `group_size` is at most kLargestGroup.
