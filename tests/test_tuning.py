@@ -826,9 +826,8 @@ def test_the_next_layer_sees_what_is_in_the_file(recipe_for: Recipes, tmp_path: 
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_model("qwen2").to(torch.bfloat16).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
-    recipe = recipe_for(
-        "codes", calibration={"seq_len": 16}, reconstruction={"steps": 3, "batch": 2, "norm_rate": 0.02}
-    )
+    tuning = {"steps": 3, "batch": 2, "norm_rate": 0.02, "precision": "float32"}
+    recipe = recipe_for("codes", calibration={"seq_len": 16}, reconstruction=tuning)
     with pytest.raises(KeyboardInterrupt):
         subbit.compress(source, recipe, out, progress=Lines(interrupt_at("layer 3/3")))
     work = load_file(out / ".subbit" / "hidden-00003.safetensors")
