@@ -1,6 +1,6 @@
 """Reports: what they say is what the files say, in one page that needs nothing else; and the record of evaluations.
 
-Run with `pytest tests/test_report.py`. The test in a browser needs Chromium and `pip install playwright`.
+Run with `pytest tests/test_report.py`. The test in a browser needs Chromium (Debian: `apt-get install chromium`).
 """
 
 from __future__ import annotations
@@ -556,7 +556,8 @@ def test_a_line_is_cut_at_its_gaps() -> None:
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+SWITCHES = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+SWITCHES += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="module")
