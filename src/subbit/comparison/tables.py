@@ -52,9 +52,10 @@ def table(section: Section, group: str) -> str:
     head = [group, "nominal bits", "stored bits", "model bits", "weight files, MB", "output error"]
     for dataset in datasets:
         head += [f"perplexity, {dataset}"] + (["against the baseline"] if ablations else [])
-    head += ["compressing, min", "peak memory, GB"]
+    costs = any(row.compress_seconds is not None for row in rows)  # a sweep measures them
+    head += ["compressing, min", "peak memory, GB"] if costs else []
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [cells(section, row, datasets, ablations) for row in rows]
+    lines += [cells(section, row, datasets, ablations)[: len(head)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
