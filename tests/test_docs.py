@@ -38,7 +38,7 @@ IN_ORDER = ["README.md", "docs/tutorial.md"]  # their commands follow each other
 MODELS = ["MODEL", "path-or-hub-id", "SmolLM2-135M-Instruct"]  # what the pages call a dense model
 NOT_RUN = {
     "push OUT ORGANIZATION/NAME": "uploads to the hub",
-    "push smol-codes you/smol-codes": "uploads to the hub",
+    "push smol-codes somebody/smol-codes": "uploads to the hub",
     "compress HuggingFaceTB/SmolLM2-135M-Instruct -o smol-hub": "downloads from the hub",
     "compress model.gguf -o smol-gguf": "needs a GGUF file",
 }
