@@ -1,12 +1,12 @@
-# Two commands for a newcomer: `make quickstart` does the main job on a real model, `make test` runs the tests.
-# Both set up a virtual environment of their own first.
+# Commands for a newcomer: `make quickstart` does the main job on a real model, `make test` runs the tests, `make docs`
+# builds the documentation. Each sets up a virtual environment of its own first.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORK ?= work
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +32,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation, from docs/ and the docstrings: site/index.html. A broken link or anchor is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the documentation is in site/index.html"
+
 clean:
-	rm -rf $(VENV) $(WORK)
+	rm -rf $(VENV) $(WORK) site

@@ -6,6 +6,7 @@ Run with `pytest tests/test_sweep.py`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import io
 import json
@@ -47,6 +48,7 @@ from subbit.comparison.tables import change, markdown, short
 from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
 from subbit.comparison.worker import unpack_linears
 from subbit.effort import EFFORTS
+from subbit.evaluation.record import Measurement, record_evaluation
 from subbit.loading import load_any
 from subbit.models.source import model_digest, open_source
 from subbit.process import how_it_ended
@@ -235,7 +237,8 @@ def size(nominal: float, stored: float) -> dict[str, Any]:
 def measured(value: float) -> dict[str, Any]:
     """A perplexity as a worker finds it."""
     facts = {"value": value, "standard_error": value / 10, "nll": math.log(value), "windows": 20, "seq_len": 2048}
-    return {**facts, "dataset": "wikitext2", "seconds": 2.0, "peak_bytes": 10**9}
+    how = {"dataset": "wikitext2", "split": "test", "dtype": "float32"}
+    return {**facts, **how, "seconds": 2.0, "peak_bytes": 10**9}
 
 
 @pytest.fixture
@@ -616,8 +619,84 @@ def test_checkpoints_beside_each_other(checkpoint_of: Callable[..., Path], tmp_p
     assert (tmp_path / "report" / "output-error.svg").exists() == has_figures
     save_facts(Task("evaluate", "", str(facts_file(sources[0]))), perplexity={"k": measured(123.0)})
     text = subbit.compare(sources)
-    assert "perplexity, wikitext2 (20 × 2048 tokens)" in text
+    assert "perplexity, wikitext2 test (20 × 2048 tokens, float32)" in text
     assert "| 123.0 ± 12.3 |" in text
+
+
+def recorded(dataset: str = "wikitext2", value: float = 50.0, **protocol: Any) -> list[Measurement]:
+    """Perplexity and divergence on one text, as ``subbit eval --reference`` leaves them."""
+    how = {"dataset": dataset, "split": "test", "origin": f"{dataset} test", "windows": 20, "seq_len": 2048}
+    how |= {"stride": 2048, "dtype": "float32", "backend": "torch", **protocol}
+    divergence = {"mean": 0.5, "standard_error": 0.02, "top1": 0.625, "top1_standard_error": 0.01}
+    return [
+        Measurement("perplexity", how, {"value": value, "standard_error": 5.0, "nll": math.log(value)}),
+        Measurement("divergence", {**how, "reference": "SmolLM2", "reference_digest": "01"}, divergence),
+    ]
+
+
+def accuracy(items: int, share: float, **protocol: Any) -> Measurement:
+    """Of ARC-Easy."""
+    how = {"task": "arc_easy", "items": items, "items_in_all": 2376, "dtype": "float32", "harness": "lm-eval 0.4"}
+    values = {"accuracy": share, "standard_error": 0.01, "accuracy_norm": None, "chance": 0.25}
+    return Measurement("zero_shot", {**how, **protocol}, values)
+
+
+@pytest.fixture
+def two(checkpoint_of: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """Checkpoints to record measurements of."""
+    first = Path(shutil.copytree(checkpoint_of("opt", "stbllm", sparsity="4:8"), tmp_path / "one"))
+    return first, Path(shutil.copytree(first, tmp_path / "two"))
+
+
+def cells_of(text: str, title: str) -> list[str]:
+    """The line of a table that begins with a title."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_what_was_measured_stands_beside_the_sizes(two: tuple[Path, Path]) -> None:
+    """Perplexity in the table of sizes; divergence and accuracies below it, with error and what guessing gives."""
+    record_evaluation(two[0], [*recorded(), accuracy(2376, 0.5)])
+    record_evaluation(two[1], [*recorded(value=80.0, backend="native"), accuracy(2376, 0.25)])
+    text = subbit.compare(two)
+    assert text.count("perplexity, ") == 1
+    assert cells_of(text, "one")[5] == "50.00 ± 5.00"
+    assert cells_of(text, "two")[5] == "80.00 ± 5.00"
+    place = "wikitext2 test (20 × 2048 tokens, float32) against SmolLM2"
+    assert cells_of(text, f"KL divergence, nats a token, {place}") == ["0.500 ± 0.020"] * 2
+    assert cells_of(text, f"same top token, %, {place}") == ["62.5 ± 1.0"] * 2
+    assert cells_of(text, "accuracy, %, arc_easy (2376 items), guessing 25.0") == ["50.0 ± 1.0", "25.0 ± 1.0"]
+    assert "length-normalized" not in text
+    assert "compare down a column only" not in text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "title"),
+    [
+        ({"windows": 8}, "wikitext2 test (8 × 2048 tokens, float32)"),
+        ({"dtype": "bfloat16"}, "wikitext2 test (20 × 2048 tokens, bfloat16)"),
+        ({"origin": "the hub"}, "wikitext2 test (20 × 2048 tokens, float32); origin: the hub"),
+    ],
+)
+def test_ways_of_measuring_are_not_mixed(two: tuple[Path, Path], protocol: dict[str, Any], title: str) -> None:
+    """Another number of windows, another dtype, another copy of the text: columns and lines of their own."""
+    record_evaluation(two[0], [*recorded(), accuracy(2376, 0.5)])
+    record_evaluation(two[1], [*recorded(value=80.0, **protocol), accuracy(100, 0.25)])
+    text = subbit.compare(two)
+    assert f"perplexity, {title} |" in text
+    assert cells_of(text, "one")[5:7] == ["50.00 ± 5.00", "–"]
+    assert cells_of(text, "two")[5:7] == ["–", "80.00 ± 5.00"]
+    assert cells_of(text, "accuracy, %, arc_easy (first 100 of 2376 items), guessing 25.0") == ["–", "25.0 ± 1.0"]
+    assert "compare down a column only" in text
+
+
+def test_the_newer_of_two_measurements_counts(two: tuple[Path, Path]) -> None:
+    """What `subbit eval` says replaces what the sweep said in the same protocol; None is an infinite perplexity."""
+    (perplexity, _) = recorded()
+    record_evaluation(two[0], [dataclasses.replace(perplexity, values={"value": None, "standard_error": None})])
+    swept = {**perplexity.protocol, **perplexity.values, "value": 123.0, "peak_bytes": 1, "protocol": "in words"}
+    save_facts(Task("evaluate", "", str(facts_file(two[0]))), perplexity={"k": swept})
+    assert cells_of(subbit.compare(two), "one")[5] == "∞"
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

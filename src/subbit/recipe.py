@@ -107,7 +107,7 @@ class Recipe(Section):
     """What to do to a model. ``Recipe(method="pbs2p", sparsity="4:8")`` is complete; the rest has defaults.
 
     Raises:
-        UserError: from :meth:`create`, :meth:`from_yaml`; pydantic's ValidationError from the constructor.
+        UserError: from ``create`` and ``from_yaml``; pydantic's ValidationError from the constructor.
     """
 
     method: str = "pbs2p"  # one of METHODS
@@ -214,7 +214,7 @@ class Recipe(Section):
         return {**self.model_dump(exclude={"options"}), "options": dataclasses.asdict(self.options)}
 
     def to_yaml(self) -> str:
-        """YAML that :meth:`from_yaml` reads back to an equal recipe."""
+        """YAML that ``from_yaml`` reads back to an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @classmethod

@@ -25,7 +25,7 @@ def compare(
     """Put results of sweeps, or finished checkpoints, beside each other.
 
     Args:
-        sources: results files of :func:`subbit.sweep`, directories of compressed checkpoints, or both.
+        sources: results files of ``subbit.sweep``, directories of compressed checkpoints, or both.
         out: a directory for the table (comparison.md) and the figures (SVG and PNG); None: only the return value.
         figures: draw them; needs matplotlib.
         published: a JSON file like comparison/published.json of this package, drawn in a second panel.

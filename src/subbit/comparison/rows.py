@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from subbit.comparison.entries import DENSE
+from subbit.comparison.recorded import names_of, texts_of
 from subbit.comparison.results import DONE, read_results
 from subbit.comparison.tasks import facts_file, read_facts
 from subbit.errors import UserError
+from subbit.evaluation.record import Measurement, read_evaluations
 from subbit.loading import inspect
 
 __all__ = ["Measured", "Row", "Section", "read_sections"]
@@ -39,6 +41,13 @@ class Measured:
         error = value * statistics.fmean(relative) if len(relative) == len(runs) else None
         return cls(value, error, min(values), max(values), len(runs), runs[0]["windows"])
 
+    @classmethod
+    def recorded(cls, measurement: Measurement) -> Measured:
+        """From what an evaluation left beside a checkpoint; JSON has no infinity, None stands for it."""
+        values = measurement.values
+        value = math.inf if values.get("value") is None else float(values["value"])
+        return cls(value, values.get("standard_error"), value, value, 1, measurement.protocol.get("windows", 0))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,6 +66,9 @@ class Row:
     peak_bytes: int | None  # of compressing
     calibration: str
     error: str | None = None  # why there is no more
+    others: dict[str, str] = field(
+        default_factory=dict
+    )  # KL divergence, accuracies: what was measured, how → the number
 
     @property
     def name(self) -> str:
@@ -111,14 +123,14 @@ def read_sections(sources: Sequence[Path]) -> list[Section]:
     checkpoints = []
     for source in sources:
         if source.is_dir():
-            checkpoints.append(checkpoint_row(source))
+            checkpoints.append(source)
         elif source.exists():
             results.update({result["key"]: result for result in read_results(source)})
         else:
             raise UserError(f"{source} does not exist; give results of 'subbit sweep', or finished checkpoints")
     sections = sections_of(list(results.values()))
     if checkpoints:
-        sections.append(Section("checkpoints", None, checkpoints))
+        sections.append(Section("checkpoints", None, checkpoint_rows(checkpoints)))
     if not any(section.rows for section in sections):
         raise UserError(f"there are no results in {', '.join(map(str, sources))} yet")
     return sections
@@ -198,14 +210,29 @@ def describe_calibration(recipe: dict[str, Any] | None) -> str:
     return f"{Path(calibration['source']).name}, {calibration['samples']} × {calibration['seq_len']} tokens"
 
 
-def checkpoint_row(directory: Path) -> Row:
-    """A finished checkpoint, with its perplexities where a sweep with ``keep`` left them beside it."""
+def checkpoint_rows(directories: Sequence[Path]) -> list[Row]:
+    """Finished checkpoints with what was measured of each; a name of a measurement is the same in all rows."""
+    measured = [measurements_beside(directory) for directory in directories]
+    names = names_of([measurement for of_one in measured for measurement in of_one])
+    return [checkpoint_row(directory, of_one, names) for directory, of_one in zip(directories, measured, strict=True)]
+
+
+def measurements_beside(directory: Path) -> list[Measurement]:
+    """What a sweep with ``keep`` and then ``subbit eval`` left of a checkpoint, the newest last."""
+    swept = read_facts(facts_file(directory.resolve())).get("perplexity", {}).values()
+    return [*(Measurement.of("perplexity", found) for found in swept), *read_evaluations(directory)]
+
+
+def checkpoint_row(directory: Path, measurements: Sequence[Measurement], names: Callable[[Measurement], str]) -> Row:
+    """One finished checkpoint.
+
+    Args:
+        measurements: of two that have one name the later counts.
+        names: a name for each way of measuring.
+    """
     facts = inspect(directory)
-    beside = read_facts(facts_file(directory.resolve()))
-    measured: dict[str, list[dict[str, Any]]] = {}
-    for found in beside.get("perplexity", {}).values():
-        protocol = f"{found['windows']} × {found['seq_len']}"
-        measured.setdefault(f"{Path(found['dataset']).name} ({protocol} tokens)", []).append(found)
+    compress = read_facts(facts_file(directory.resolve())).get("compress", {})
+    perplexities = {names(m): Measured.recorded(m) for m in measurements if m.kind == "perplexity"}
     errors = [linear["error"] for layer in facts["layers"] for linear in layer["linears"]]
     return Row(
         group="checkpoints",
@@ -216,10 +243,11 @@ def checkpoint_row(directory: Path) -> Row:
         bits=facts["bits"],
         file_bytes=facts["file_bytes"],
         output_error=mean(errors),
-        perplexity={name: Measured.of(runs[:1]) for name, runs in measured.items()},
-        compress_seconds=beside.get("compress", {}).get("seconds"),
-        peak_bytes=beside.get("compress", {}).get("peak_bytes"),
+        perplexity=perplexities,
+        compress_seconds=compress.get("seconds"),
+        peak_bytes=compress.get("peak_bytes"),
         calibration=str(facts["calibration"] or ""),
+        others={key: text for m in measurements for key, text in texts_of(m, names(m)).items()},
     )
 
 

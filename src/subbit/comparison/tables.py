@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from subbit.comparison.recorded import in_order
 from subbit.comparison.rows import Measured, Row, Section
 
 __all__ = ["change", "markdown", "short"]
@@ -22,7 +23,7 @@ def markdown(sections: Sequence[Section]) -> str:
     parts = [LEGEND]
     for section in sections:
         parts.append(f"## {section.model}\n\n{notes(section)}")
-        parts += [table(section, group) for group in section.groups]
+        parts += [part for group in section.groups for part in (table(section, group), measurements(section, group))]
         failed = dict.fromkeys(f"- {row.name}: {row.error}" for row in section.rows if row.error)
         if failed:
             parts.append("Failed:\n\n" + "\n".join(failed))
@@ -36,7 +37,9 @@ def notes(section: Section) -> str:
     seeds = max((m.seeds for row in section.rows for m in row.perplexity.values()), default=1)
     merged = " Perplexities of several seeds: geometric mean, lowest and highest." if seeds > 1 else ""
     measured = f"Perplexity: {section.measured}. " if section.protocol else ""
-    return f"{measured}{calibration}{merged}"
+    apart = " Each perplexity column is one way of measuring: compare down a column only."
+    several = apart if section.protocol is None and len(section.datasets) > 1 else ""
+    return f"{measured}{calibration}{merged}{several}"
 
 
 def table(section: Section, group: str) -> str:
@@ -49,9 +52,10 @@ def table(section: Section, group: str) -> str:
     head = [group, "nominal bits", "stored bits", "model bits", "weight files, MB", "output error"]
     for dataset in datasets:
         head += [f"perplexity, {dataset}"] + (["against the baseline"] if ablations else [])
-    head += ["compressing, min", "peak memory, GB"]
+    costs = any(row.compress_seconds is not None for row in rows)  # a sweep measures them
+    head += ["compressing, min", "peak memory, GB"] if costs else []
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [cells(section, row, datasets, ablations) for row in rows]
+    lines += [cells(section, row, datasets, ablations)[: len(head)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -66,6 +70,18 @@ def cells(section: Section, row: Row, datasets: Sequence[str], ablations: bool) 
         if ablations:
             line.append(relative(row, section.baseline(row), dataset))
     return [*line, number(row.compress_seconds, ".1f", 1 / 60), number(row.peak_bytes, ".2f", 1e-9)]
+
+
+def measurements(section: Section, group: str) -> str:
+    """What else was measured of the rows of a group: a line for every way of measuring, so that none are mixed."""
+    rows = [row for row in section.rows if row.group == group and row.error is None and row.others]
+    if not rows:
+        return ""
+    names = in_order(name for row in rows for name in row.others)
+    lines = [["measured", *(row.name for row in rows)], ["---", *["---:"] * len(rows)]]
+    lines += [[name, *(row.others.get(name, "–") for row in rows)] for name in names]
+    listed = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Each line is one way of measuring; –: not measured in this way. ± is the standard error.\n\n{listed}"
 
 
 def number(value: float | None, style: str, factor: float = 1.0) -> str:

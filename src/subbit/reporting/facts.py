@@ -151,7 +151,7 @@ class Facts:
 
 def two_digits(value: float) -> str:
     """0.31, 0.30, 0.052."""
-    return f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 0.0995 else f"{value:#.2g}"
 
 
 def cell_text(

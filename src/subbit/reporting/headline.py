@@ -137,7 +137,8 @@ def show_tasks(measurements: Sequence[Measurement]) -> Shown:
         else next(iter(tasks))
     )
     guessing = f"; guessing {statistics.fmean(chances):.1%}" if len(chances) == len(counted) else ""
-    return Shown("zero-shot accuracy", value, what + guessing)
+    partial = any(m.protocol.get("items") != m.protocol.get("items_in_all") for m in counted)
+    return Shown("zero-shot accuracy", value, what + guessing + ("; of the first items only" if partial else ""))
 
 
 def percent(value: float | None, error: float | None) -> str:
@@ -154,7 +155,7 @@ def show_speed(measurement: Measurement) -> Shown:
     dense = values.get("dense_decode_tokens_per_second") or {}
     parts += [f"dense {dtype} {number(speed)} tokens/s writing" for dtype, speed in dense.items()]
     parts += [str(how[key]) for key in ("dtype", "processor") if how.get(key)]
-    parts += [f"{how['threads']} threads"] if how.get("threads") else []
+    parts += ["1 thread" if how["threads"] == 1 else f"{how['threads']} threads"] if how.get("threads") else []
     return Shown("speed", f"{number(values.get('decode_tokens_per_second'))} tokens/s", "; ".join(parts))
 
 
