@@ -1215,6 +1215,36 @@ def test_killed_after_every_step(
     assert steps_done(out)[-1] == 4
 
 
+@pytest.mark.parametrize(
+    "stages", [("distillation",), ("reconstruction", "distillation")], ids=lambda stages: stages[0]
+)
+def test_distillation_on_windows_of_its_own(
+    stages: tuple[str, ...], source: Path, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    """Other text than the layers saw, and what the dense model makes of it; killed at the end, resumed."""
+    tuning: dict[str, Any] = {stage: TUNING[stage] for stage in stages}
+    tuning["distillation"] = {**TUNING["distillation"], "samples": 6}
+    recipe = recipe_for("codes", calibration=SMALL, options={"sweeps": 1}, **tuning)
+    subbit.compress(source, recipe, tmp_path / "whole")
+
+    def run() -> None:
+        die_before_rename(tmp_path / "out" / ".subbit" / "distillation.safetensors", 0)
+        subbit.compress(source, recipe, tmp_path / "out")
+
+    assert in_a_fork(run)
+    kept = load_file(tmp_path / "out" / ".subbit" / "distillation-text.safetensors")
+    assert len(kept["windows"]) == 6
+    layers = load_file(tmp_path / "out" / ".subbit" / "windows.safetensors")["windows"]
+    assert not torch.equal(kept["windows"][: len(layers)], layers)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    seen: list[Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(kept["windows"])
+    assert float((seen[0] - kept["teacher"]).norm() / seen[0].norm()) < 2e-2  # bfloat16 where the processor has it
+    resumed(source, recipe, tmp_path / "out", tmp_path / "whole")
+
+
 def test_one_window_can_be_resumed(source: Path, recipe_for: Recipes, tmp_path: Path) -> None:
     """Nothing to compare the calls of two windows with."""
     recipe = recipe_for("codes", calibration={"samples": 1, "seq_len": 8}, options={"sweeps": 0}, **TUNING)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from subbit.checkpoint.writer import CheckpointWriter
 from subbit.errors import UserError
@@ -24,9 +25,34 @@ from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.precision import resolve_precision
 from subbit.tuning.tunable import Tunable, make_tunable
 
-__all__ = ["distill_model"]
+__all__ = ["distill_model", "own_text"]
 
 SAVE_SECONDS = 300.0  # between two saved states: at most so much work is lost
+
+
+def own_text(
+    job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase, calls: list[LayerCall]
+) -> tuple[Tensor, Tensor]:
+    """Windows (samples, seq_len) for distillation alone, and what leaves the dense model's last decoder layer on them.
+
+    Whatever goes through all stages of the layers costs several times as much a window, and the more different text
+    distillation sees, the less it fits a text instead of the teacher.
+    """
+    saved = writer.load_work("distillation-text")
+    if saved is None:
+        samples = job.recipe.distillation.samples
+        windows, origin = job.draw_windows(tokenizer, samples, job.recipe.calibration.seed + 1)
+        job.progress.line(f"distillation: {origin}, {samples} windows of {windows.shape[1]} tokens")
+        hidden = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)[0]
+        with job.progress.stage("dense model") as report:
+            for index in range(job.layout.num_layers):
+                layer = job.materialize(index)
+                hidden = job.run(index, calls[index], hidden)
+                release(layer)
+                report(index + 1, job.layout.num_layers)
+        saved = {"windows": windows, "teacher": hidden}
+        writer.save_work("distillation-text", saved)
+    return saved["windows"], saved["teacher"]
 
 
 def distill_model(

@@ -19,16 +19,16 @@ EFFORTS: dict[str, dict[str, Any]] = {
     # every decoder layer tuned, then the whole model: about 50 minutes
     "standard": {
         "options": {"sweeps": 2, "column_scales": False},
-        "calibration": {"samples": 448, "seq_len": 256, "clip_norm": 0.0},
-        "reconstruction": {"steps": 144, "batch": 2},
-        "distillation": {"steps": 480, "batch": 2, "latent_rate": 1e-3, "held_out": 8},
+        "calibration": {"samples": 256, "seq_len": 256, "clip_norm": 0.0},
+        "reconstruction": {"steps": 128, "batch": 2},
+        "distillation": {"steps": 480, "batch": 2, "samples": 968, "latent_rate": 1e-3, "held_out": 8},
     },
     # the same with more text and more steps: a night
     "best": {
         "options": {"sweeps": 3, "column_scales": False},
         "calibration": {"samples": 768, "seq_len": 256, "clip_norm": 0.0},
         "reconstruction": {"steps": 384, "batch": 2},
-        "distillation": {"steps": 2000, "batch": 2, "latent_rate": 1e-3, "held_out": 16},
+        "distillation": {"steps": 2000, "batch": 2, "samples": 4016, "latent_rate": 1e-3, "held_out": 16},
     },
 }
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.calibration.gram import GramCollector
+from subbit.calibration.text import calibration_windows
 from subbit.errors import UserError
 from subbit.models.layout import ModelLayout, layer_linears
 from subbit.models.source import ModelSource
@@ -63,7 +64,22 @@ class Job:
     @property
     def needs_teacher(self) -> bool:
         """Whether the dense model has to be run beside the compressed one."""
-        return bool(self.recipe.reconstruction.steps or self.recipe.distillation.steps)
+        distillation = self.recipe.distillation
+        return bool(self.recipe.reconstruction.steps or (distillation.steps and not distillation.samples))
+
+    def draw_windows(self, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int) -> tuple[Tensor, str]:
+        """Windows (samples, seq_len) int64 of the calibration's source, and a line that says where they are from."""
+        calibration = self.recipe.calibration
+        with self.progress.stage(f"calibration text ({calibration.source})") as report:
+            return calibration_windows(
+                calibration.source,
+                tokenizer,
+                samples,
+                calibration.seq_len,
+                seed,
+                load_model=self.source.load_model,
+                progress=report,
+            )
 
     def stored(self, tensor: Tensor) -> Tensor:
         """A tensor that is not compressed, as the checkpoint holds it: on the CPU, in its dtype (GGUF: float16)."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subbit.calibration.text import calibration_windows, check_context
+from subbit.calibration.text import check_context
 from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.device import pick_device
-from subbit.distillation import distill_model
+from subbit.distillation import distill_model, own_text
 from subbit.embeddings import pack_matrices, pack_rest, plan_embeddings, quantized_source
 from subbit.errors import UserError
 from subbit.job import Job
@@ -80,8 +80,10 @@ def compress(
             progress.line(f"resuming: {writer.layers_done} of {job.layout.num_layers} layers are done")
         else:
             plan = make_plan(job, may_be_empty=bool(embeddings.specs))
-            check_context(skeleton, recipe.calibration.seq_len)
-            windows, origin = collect_windows(job, tokenizer)
+            text = recipe.calibration
+            check_context(skeleton, text.seq_len)
+            windows, origin = job.draw_windows(tokenizer, text.samples, text.seed)
+            progress.line(f"calibration: {origin}, {text.samples} windows of {text.seq_len} tokens")
             check_space(Path(out), estimate_bytes(job, windows))
             packed = pack_matrices(job, embeddings)
             quantized = quantized_source(job, embeddings, packed)
@@ -99,28 +101,13 @@ def compress(
         compress_layers(job, writer, hidden, calls)
         if recipe.distillation.steps and "distillation" not in writer.state:
             quantized = quantized_source(job, embeddings, packed)
+            if recipe.distillation.samples:
+                windows, hidden["teacher"] = own_text(job, writer, tokenizer, calls)
             distill_model(job, quantized, writer, windows, hidden["teacher"], calls)
     rest = pack_rest(job, embeddings, packed, read_rest(job))
     writer.finish(rest, lambda directory: save_extras(job, writer, tokenizer, directory))
     writer.log("finished")
     return open_checkpoint(out)
-
-
-def collect_windows(job: Job, tokenizer: Any) -> tuple[Tensor, str]:
-    """Calibration windows (samples, seq_len) int64, and a line that says where they are from."""
-    calibration = job.recipe.calibration
-    with job.progress.stage(f"calibration text ({calibration.source})") as report:
-        windows, origin = calibration_windows(
-            calibration.source,
-            tokenizer,
-            calibration.samples,
-            calibration.seq_len,
-            calibration.seed,
-            load_model=job.source.load_model,
-            progress=report,
-        )
-    job.progress.line(f"calibration: {origin}, {calibration.samples} windows of {calibration.seq_len} tokens")
-    return windows, origin
 
 
 def estimate_bytes(job: Job, windows: Tensor) -> int:
@@ -135,6 +122,7 @@ def estimate_bytes(job: Job, windows: Tensor) -> int:
     head = 2 * config.vocab_size * config.hidden_size * source.dtype.itemsize
     needed = hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
     if distillation.steps:
+        needed += distillation.samples * windows.shape[1] * config.hidden_size * 4
         layers = range(job.layout.num_layers)
         weights = sum(linear.weight.numel() for index in layers for linear in job.linears(index).values())
         needed += weights // 2

@@ -79,11 +79,12 @@ class Distillation(Section):
     """Tuning the whole model at the end, by KL divergence to the dense one's next-token distribution."""
 
     steps: int = Field(default=0, ge=0)  # of the optimizer; 0: off
-    batch: int = Field(default=4, ge=1)  # calibration windows a step
+    batch: int = Field(default=4, ge=1)  # windows a step
+    samples: int = Field(default=0, ge=0)  # windows of its own, from the calibration's source; 0: the calibration's
     latent_rate: float = Field(default=0.0, ge=0)  # codes; too high a rate destroys the model (docs/log.md)
     scale_rate: float = Field(default=1e-3, ge=0)
     norm_rate: float = Field(default=1e-3, ge=0)
-    held_out: int = Field(default=2, ge=0)  # calibration windows that are only measured
+    held_out: int = Field(default=2, ge=0)  # windows that are only measured
     precision: Precision = "auto"  # as above
     checkpoint_activations: bool = False  # half the speed, and activations of one decoder layer in memory
 
