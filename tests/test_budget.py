@@ -342,41 +342,47 @@ def test_bits_go_where_the_errors_are(recipe_for: Recipes, tmp_path: Path) -> No
     assert torch.equal(hidden, before)  # what is calibrated on afterwards
 
 
+def unit_costs_of(
+    job: Job, windows: Tensor
+) -> tuple[list[list[str]], list[float], dict[str, Tensor], dict[str, float]]:
+    """Units of a budget, what each costs, and the weights and relative errors that it costs that for."""
+    compressed: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        hidden, calls = capture_inputs(job.model, job.layout, job.source, windows)
+        choice = make_plan(job).choice
+        assert choice is not None
+        costs = unit_costs(job, choice.units, hidden, calls)
+        for layer in job.dense_pass("all", hidden, calls):
+            compressed.update(compress_quickly(job, layer, errors))
+    return choice.units, costs, compressed, errors
+
+
+FEW_WINDOWS = torch.randint(3, 100, (3, 16), generator=torch.Generator().manual_seed(0))
+
+
 def test_the_cost_of_a_unit_is_the_divergence_when_it_alone_is_compressed(recipe_for: Recipes, tmp_path: Path) -> None:
     """Against the whole model run at once, with one unit's weights replaced; the model itself is not changed."""
     save_llama(tmp_path / "source")
     job = job_of(tmp_path / "source", recipe_for("codes", bits=1.0, **QUICK))
-    windows = torch.randint(3, 100, (3, 16), generator=torch.Generator().manual_seed(0))
+    units, costs, compressed, _ = unit_costs_of(job, FEW_WINDOWS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     with torch.no_grad():
-        hidden, calls = capture_inputs(job.model, job.layout, job.source, windows)
-        units = make_plan(job).choice.units  # type: ignore[union-attr]
-        found = unit_costs(job, units, hidden, calls)
-        compressed: dict[str, Tensor] = {}
-        for layer in job.dense_pass("all", hidden, calls):
-            compressed.update(compress_quickly(job, layer, {}))
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
-        wanted = model(windows).logits.log_softmax(-1)
-        for unit, cost in zip(units, found, strict=True):
+        wanted = model(FEW_WINDOWS).logits.log_softmax(-1)
+        for unit, cost in zip(units, costs, strict=True):
             student = copy.deepcopy(model)
             for name in unit:
                 student.get_submodule(name).weight.copy_(compressed[name])
-            have = student(windows).logits.log_softmax(-1)
+            have = student(FEW_WINDOWS).logits.log_softmax(-1)
             expected = float((wanted.exp() * (wanted - have)).sum(-1).mean())
             assert expected > 0
             assert cost == pytest.approx(expected, rel=1e-2, abs=2e-6)
 
 
 def test_experts_share_what_they_cost_together(tiny: Tiny, recipe_for: Recipes) -> None:
-    """All experts of a layer are compressed at once: their costs add up to that, in the order of their errors."""
+    """All experts of a layer are compressed at once: their costs are in the order of their errors."""
     job = job_of(tiny("qwen3-moe"), recipe_for("codes", bits=1.6, **QUICK))
-    windows = torch.randint(3, 100, (3, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        hidden, calls = capture_inputs(job.model, job.layout, job.source, windows)
-        units = make_plan(job).choice.units  # type: ignore[union-attr]
-        costs = unit_costs(job, units, hidden, calls)
-        errors: dict[str, float] = {}
-        for layer in job.dense_pass("all", hidden, calls):
-            compress_quickly(job, layer, errors)
+    units, costs, _, errors = unit_costs_of(job, FEW_WINDOWS)
     experts = [number for number, unit in enumerate(units) if ".0.mlp.experts." in unit[0]]
     assert len(experts) > 4
     ratios = [costs[number] / sum(errors[name] for name in units[number]) for number in experts]
