@@ -9,14 +9,15 @@ from subbit.errors import UserError
 
 __all__ = ["EFFORTS", "with_effort"]
 
-# Times are for a model of 135 million parameters on two cores; they grow with the parameters.
+# Times are for a model of 135 million parameters and grow with the parameters; one core of a processor with bfloat16
+# instructions (AMX). Without them tuning takes several times as long.
 EFFORTS: dict[str, dict[str, Any]] = {
-    # no tuning: about 5 minutes
+    # no tuning: minutes
     "fast": {
         "options": {"sweeps": 2},
         "calibration": {"samples": 32, "seq_len": 512},
     },
-    # every decoder layer tuned, then the whole model: about 50 minutes
+    # every decoder layer tuned, then the whole model: about 40 minutes
     "standard": {
         "options": {"sweeps": 2, "column_scales": False},
         "calibration": {"samples": 256, "seq_len": 256, "clip_norm": 0.0},
