@@ -44,12 +44,8 @@ def own_text(
         windows, origin = job.draw_windows(tokenizer, samples, job.recipe.calibration.seed + 1)
         job.progress.line(f"distillation: {origin}, {samples} windows of {windows.shape[1]} tokens")
         hidden = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)[0]
-        with job.progress.stage("dense model") as report:
-            for index in range(job.layout.num_layers):
-                layer = job.materialize(index)
-                hidden = job.run(index, calls[index], hidden)
-                release(layer)
-                report(index + 1, job.layout.num_layers)
+        for layer in job.dense_pass("dense model", hidden, calls, names=()):
+            hidden = layer.after
         saved = {"windows": windows, "teacher": hidden}
         writer.save_work("distillation-text", saved)
     return saved["windows"], saved["teacher"]

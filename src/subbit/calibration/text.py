@@ -35,6 +35,7 @@ __all__ = [
     "read_utf8",
     "sample_windows",
     "self_windows",
+    "split_sources",
     "tokenize",
 ]
 
@@ -308,6 +309,11 @@ def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     return allowed
 
 
+def split_sources(source: str) -> list[str]:
+    """The sources in a list with commas between; most often one."""
+    return [part.strip() for part in source.split(",")]
+
+
 def calibration_windows(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -324,29 +330,21 @@ def calibration_windows(
     progress: (tokens done, tokens in all), called for "self" only.
     Raises UserError as `load_text`, `sample_windows` and `self_windows` do.
     """
-    parts = [part.strip() for part in source.split(",")]
-    if samples < len(parts):
-        raise UserError(f"{samples} calibration samples cannot come from {len(parts)} sources: ask for more of them")
-    origins = []
-    windows = torch.empty(samples, seq_len, dtype=torch.int64)
-    for turn, part in enumerate(parts):
-        own = windows[turn :: len(parts)]
-        drawn, origin = _windows_of(part, tokenizer, len(own), seq_len, seed, load_model, progress)
-        own.copy_(drawn)
-        origins.append(origin)
-    return windows, "; ".join(origins)
-
-
-def _windows_of(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    load_model: Callable[[], PreTrainedModel],
-    progress: Progress | None,
-) -> tuple[Tensor, str]:
-    """`calibration_windows` of one source."""
+    parts = split_sources(source)
+    if len(parts) > 1:
+        if samples < len(parts):
+            raise UserError(
+                f"{samples} calibration samples cannot come from {len(parts)} sources: ask for more of them"
+            )
+        origins = []
+        windows = torch.empty(samples, seq_len, dtype=torch.int64)
+        for turn, part in enumerate(parts):
+            own = windows[turn :: len(parts)]
+            drawn, origin = calibration_windows(part, tokenizer, len(own), seq_len, seed, load_model, progress)
+            own.copy_(drawn)
+            origins.append(origin)
+        return windows, "; ".join(origins)
+    [source] = parts
     if source == SELF:
         windows = self_windows(load_model(), tokenizer, samples, seq_len, seed, progress=progress)
         return windows, f"text sampled from the model itself (temperature 1, seed {seed})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from subbit.calibration.text import DATASETS, SPLITS, is_text_file
+from subbit.calibration.text import DATASETS, SPLITS, is_text_file, split_sources
 from subbit.checkpoint.files import sha256
 from subbit.effort import merge, with_effort
 from subbit.errors import UserError
@@ -126,9 +126,9 @@ def short_hash(value: Any) -> str:
 
 def fingerprint(source: str) -> str:
     """A data set by its name, a file by its contents: a folder that moves changes nothing, an edited text does."""
-    parts = [part.strip() for part in source.split(",")]
     return ",".join(
-        f"file {sha256(Path(part))}" if is_text_file(part) and Path(part).is_file() else part for part in parts
+        f"file {sha256(Path(part))}" if is_text_file(part) and Path(part).is_file() else part
+        for part in split_sources(source)
     )
 
 
