@@ -155,10 +155,9 @@ def ablations(
 
 
 def frontier(common: dict[str, Any], effort: str) -> list[Entry]:
-    """codes within budgets; more calibration text where the effort asks for it."""
-    values = merge(EFFORTS[effort], {"method": "codes"})
-    samples = max(common["calibration"]["samples"], EFFORTS[effort]["calibration"]["samples"])
-    values = merge(values, {"calibration": {**common["calibration"], "samples": samples}})
+    """codes within budgets, calibrated on as much text as the effort says."""
+    source = {"source": common["calibration"]["source"]}
+    values = merge(EFFORTS[effort], {"method": "codes", "calibration": source, "embeddings": common["embeddings"]})
     entries = [
         Entry(recipe(values, {"bits": bits}), f"codes, {effort}", f"{bits} bits", "frontier") for bits in BUDGETS
     ]

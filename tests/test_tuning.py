@@ -47,6 +47,7 @@ from subbit.tuning.distill import (
     Student,
     distill,
     divergence,
+    divergences,
     mean_divergence,
     optimizer_tensors,
     window_order,
@@ -616,6 +617,8 @@ def test_divergence_is_that_of_the_whole_distribution(monkeypatch: pytest.Monkey
     assert gradient.shape == student.shape
     assert torch.allclose(gradient, slope, rtol=1e-4, atol=1e-7)
     alone, nothing = divergence(student, teacher, head, gradient=False)
+    many = divergences({"student": student, "teacher": teacher}, teacher, head)
+    assert many == pytest.approx({"student": alone, "teacher": 0.0}, rel=1e-5, abs=1e-6)
     assert alone == pytest.approx(value, rel=1e-6)
     assert nothing is None
     assert divergence(teacher, teacher, head, gradient=False)[0] == pytest.approx(0.0, abs=1e-6)

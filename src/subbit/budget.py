@@ -20,7 +20,7 @@ from subbit.methods.codes import CodesOptions, codes
 from subbit.models.layout import ExpertName
 from subbit.models.streaming import LayerCall, outside_on_demand, run_head
 from subbit.packing.codes import CodesSpec
-from subbit.tuning.distill import divergence
+from subbit.tuning.distill import divergences
 
 __all__ = ["Choice", "plan_budget", "stored_bytes"]
 
@@ -141,7 +141,7 @@ def unit_costs(job: Job, units: list[list[str]], hidden: Tensor, calls: list[Lay
                     students[key] = job.run(index, calls[index], layer.before[:few])
         teacher = layer.after[:few]
     costs = [0.0] * len(units)
-    for key, lost in divergences(job, students, teacher).items():
+    for key, lost in lost_by(job, students, teacher).items():
         shares = [sum(errors[name] for name in units[number]) for number in together[key]]
         for number, share in zip(together[key], shares, strict=True):
             # the error counts a little by itself: where the divergence is lost in rounding, a plan still has an order
@@ -181,15 +181,11 @@ def replaced_weights(layer: DenseLayer, weights: dict[str, Tensor]) -> Iterator[
             layer.linears[name].weight.copy_(weight)
 
 
-def divergences(job: Job, students: dict[str, Tensor], teacher: Tensor) -> dict[str, float]:
+def lost_by(job: Job, students: dict[str, Tensor], teacher: Tensor) -> dict[str, float]:
     """Mean KL divergence in nats a token of what leaves the last decoder layer, (samples, seq_len, hidden) each."""
-    target = teacher.to(job.device)
     with outside_on_demand(job.model, job.layout, job.source, job.device):
 
         def head(states: Tensor) -> Tensor:
-            return run_head(job.model, job.layout, job.source, states, device=job.device)
+            return run_head(job.model, job.layout, job.source, states.to(job.device), device=job.device)
 
-        return {
-            key: divergence(student.to(job.device), target, head, gradient=False)[0]
-            for key, student in students.items()
-        }
+        return divergences(students, teacher, head)

@@ -197,12 +197,16 @@ def decode_rows(shape: _native.Shape, packed: Tensor, start: int, stop: int, col
     return weight
 
 
-def round_latents(latent: Tensor, n: int, m: int) -> Tensor:
-    """(out, in) int8: see :func:`subbit.tuning.tunable.latent_signs`; ``latent`` is float32, M is 4, 8 or 16."""
+def round_latents(latent: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """(out, in): see :func:`subbit.tuning.tunable.latent_signs`; ``latent`` is float32, M is 4, 8 or 16.
+
+    Args:
+        dtype: int8 or bfloat16.
+    """
     latent = latent.detach().contiguous()
-    signs = torch.empty(latent.shape, dtype=torch.int8)
-    groups = latent.numel() // m
-    _native.round_latents(address(latent), groups, n, m, address(signs), torch.get_num_threads())
+    signs = torch.empty(latent.shape, dtype=dtype)
+    groups, threads = latent.numel() // m, torch.get_num_threads()
+    _native.round_latents(address(latent), groups, n, m, address(signs), dtype == torch.bfloat16, threads)
     return signs
 
 

@@ -18,7 +18,7 @@ from subbit.models.streaming import LayerCall, run_layer
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
 from subbit.tuning.precision import mixed_precision
 
-__all__ = ["Student", "distill", "divergence", "mean_divergence", "optimizer_tensors"]
+__all__ = ["Student", "distill", "divergence", "divergences", "mean_divergence", "optimizer_tensors"]
 
 CHUNK = 256  # positions whose logits are in memory at a time
 
@@ -52,22 +52,45 @@ def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> 
         student, teacher: (..., hidden), what leaves the last decoder layer of each.
         gradient: whether to compute it; the logits exist only a chunk of positions at a time either way.
     """
-    mine = student.detach().flatten(0, -2)
-    positions = min(CHUNK, student.shape[-2])  # no more than a window: the model may have no more
+    tokens = student.shape[:-1].numel()
     total = 0.0
     slopes = []
-    for part, target in zip(mine.split(positions), teacher.flatten(0, -2).split(positions), strict=True):
-        with torch.no_grad():
-            wanted = head(target[None]).float().log_softmax(-1)
+    for part, target in zip(chunks(student.detach()), chunks(teacher), strict=True):
+        wanted = log_probabilities(target, head)
         with torch.set_grad_enabled(gradient):
             logits = head(part.requires_grad_(gradient)[None])
         have = logits.detach().float().log_softmax(-1)
         likely = wanted.exp()
-        total += float(wanted.sub_(have).mul_(likely).sum()) / len(mine)
+        total += float(wanted.sub_(have).mul_(likely).sum()) / tokens
         if gradient:  # that of the logits is known: the student's probabilities minus the teacher's
-            slope = have.exp_().sub_(likely).div_(len(mine))
+            slope = have.exp_().sub_(likely).div_(tokens)
             slopes.append(torch.autograd.grad(logits, part, slope.to(logits.dtype))[0])
     return total, torch.cat(slopes).view_as(student) if gradient else None
+
+
+def divergences(students: dict[str, Tensor], teacher: Tensor, head: Head) -> dict[str, float]:
+    """:func:`divergence` of many students, for which the teacher's distribution is computed once."""
+    totals = dict.fromkeys(students, 0.0)
+    parts = {key: chunks(student) for key, student in students.items()}
+    tokens = teacher.shape[:-1].numel()
+    for number, target in enumerate(chunks(teacher)):
+        wanted = log_probabilities(target, head)
+        likely = wanted.exp()
+        for key, mine in parts.items():
+            have = log_probabilities(mine[number], head)
+            totals[key] += float((wanted - have).mul_(likely).sum()) / tokens
+    return totals
+
+
+def chunks(states: Tensor) -> tuple[Tensor, ...]:
+    """(..., seq_len, hidden) in parts (tokens, hidden), none longer than a window: the model may allow no more."""
+    return states.flatten(0, -2).split(min(CHUNK, states.shape[-2]))
+
+
+@torch.no_grad()
+def log_probabilities(states: Tensor, head: Head) -> Tensor:
+    """(1, tokens, vocab) float32: logarithms of the next token's probabilities."""
+    return head(states[None]).float().log_softmax(-1)
 
 
 def distill(

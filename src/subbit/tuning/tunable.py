@@ -135,11 +135,15 @@ def separate(latent: Tensor, sparsity: Sparsity, margin: float = SETTLED) -> Ten
     return torch.where(grouped < 0, -apart, apart).flatten(1)
 
 
-def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:
-    """(out, in) int8 in {−1, 0, +1}: the signs of the N largest |latent| of a group, ties as in :func:`keep_top`."""
+def latent_signs(latent: Tensor, sparsity: Sparsity, dtype: torch.dtype = torch.int8) -> Tensor:
+    """(out, in) in {−1, 0, +1}: the signs of the N largest |latent| of a group, ties as in :func:`keep_top`.
+
+    Args:
+        dtype: int8 or bfloat16.
+    """
     fits = latent.is_cpu and latent.dtype == torch.float32 and sparsity.m in (4, 8, 16)
     if fits and native.reason_missing() is None:
-        return native.round_latents(latent, sparsity.n, sparsity.m)
+        return native.round_latents(latent, sparsity.n, sparsity.m, dtype)
     grouped = latent.reshape(-1, sparsity.m).T.contiguous()  # whole vectors of groups
     size = grouped.abs()
     before = torch.zeros(size.shape, dtype=torch.int8, device=latent.device)
@@ -149,7 +153,7 @@ def latent_signs(latent: Tensor, sparsity: Sparsity) -> Tensor:
             before[j] += first
             before[i] += ~first
     signs = torch.where(grouped < 0, -1, 1).to(torch.int8) * (before < sparsity.n)
-    return signs.T.reshape(latent.shape)
+    return signs.T.reshape(latent.shape).to(dtype)
 
 
 class _CodesProduct(torch.autograd.Function):
@@ -162,7 +166,7 @@ class _CodesProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, latent: Tensor, row: Tensor, column: Tensor | None, sparsity: Sparsity, dtype: torch.dtype
     ) -> Tensor:
-        signs = latent_signs(latent, sparsity)
+        signs = latent_signs(latent, sparsity, dtype if dtype == torch.bfloat16 else torch.int8)  # kept for backward
         scaled = (x if column is None else x * column).to(dtype)
         product = scaled @ signs.to(dtype).T
         ctx.save_for_backward(x if column is not None else None, scaled, signs, product, row, column)

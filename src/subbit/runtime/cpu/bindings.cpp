@@ -101,9 +101,10 @@ NB_MODULE(_native, module) {
         multiply_rows(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch, {pointer<void>(bias), bfloat16_bias},
                       pointer<void>(outputs), threads);
     });
-    module.def("round_latents", [](uintptr_t latents, size_t groups, int n, int m, uintptr_t signs, int threads) {
+    module.def("round_latents", [](uintptr_t latents, size_t groups, int n, int m, uintptr_t signs, bool bfloat16,
+                                   int threads) {
         const nb::gil_scoped_release release;
-        round_latents(pointer<float>(latents), groups, n, m, pointer<int8_t>(signs), threads);
+        round_latents(pointer<float>(latents), groups, n, m, pointer<void>(signs), bfloat16, threads);
     });
     module.def("read_memory", [](const Kernels& kernels, uintptr_t bytes, size_t count, int threads) {
         const nb::gil_scoped_release release;
