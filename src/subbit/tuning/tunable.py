@@ -159,7 +159,8 @@ def latent_signs(latent: Tensor, sparsity: Sparsity, dtype: torch.dtype = torch.
 class _CodesProduct(torch.autograd.Function):
     """y = x Ŵᵀ; the gradient of the latents passes straight through the rounding.
 
-    Products are with the signs alone, which bfloat16 holds exactly; scales are applied to activations.
+    Products are with the signs alone, which bfloat16 holds exactly; scales are applied to activations. Outputs have the
+    dtype of the products, as those of a dense linear under autocast.
     """
 
     @staticmethod
@@ -168,23 +169,25 @@ class _CodesProduct(torch.autograd.Function):
     ) -> Tensor:
         signs = latent_signs(latent, sparsity, dtype if dtype == torch.bfloat16 else torch.int8)  # kept for backward
         scaled = (x if column is None else x * column).to(dtype)
-        product = scaled @ signs.to(dtype).T
-        ctx.save_for_backward(x if column is not None else None, scaled, signs, product, row, column)
-        ctx.dtype = dtype
-        return product * row
+        output = (scaled @ signs.to(dtype).T).mul_(row.to(dtype))
+        ctx.save_for_backward(x if column is not None else None, scaled, signs, output, row, column)
+        ctx.dtypes = x.dtype, dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scaled, signs, product, row, column = ctx.saved_tensors
-        slope = (grads[0] * row).to(ctx.dtype)
-        dx, dlatent, dcolumn = slope @ signs.to(ctx.dtype), None, None
+        x, scaled, signs, output, row, column = ctx.saved_tensors
+        given, dtype = ctx.dtypes
+        slope = grads[0] * row.to(dtype)
+        dx, dlatent, dcolumn = slope @ signs.to(dtype), None, None
         if ctx.needs_input_grad[1]:
             dlatent = (slope.flatten(0, -2).T @ scaled.flatten(0, -2)).to(torch.float32)
-        drow = (grads[0] * product).flatten(0, -2).sum(dim=0)
+        drow = (grads[0] * output).flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        drow = torch.where(row == 0, 0.0, drow / row)
         if column is not None:
             dcolumn = (x * dx).flatten(0, -2).sum(dim=0)
             dx = dx * column
-        return dx.to(grads[0].dtype), dlatent, drow, dcolumn, None, None
+        return dx.to(given), dlatent, drow, dcolumn, None, None
 
 
 # ---- regions, shifts and residual columns ----------------------------------------------------------------------------
