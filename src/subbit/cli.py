@@ -27,7 +27,6 @@ app = typer.Typer(
 )
 
 # Of click, or of the copy that newer typers have of it: no such option, a value of another kind.
-# Of click, or of the copy that newer typers have of it: no such option, a value of another kind.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine instead of text for a person.")]
@@ -610,7 +609,8 @@ def main() -> None:
         code = app(prog_name="subbit", standalone_mode=len(sys.argv) < 2)  # without arguments typer shows the help
     except UsageError as error:
         complaint = " ".join(error.format_message().split()).rstrip(".")
-        print(f"error: {complaint}; see: {error.ctx.command_path} --help", file=sys.stderr)
+        command = error.ctx.command_path if error.ctx else "subbit"
+        print(f"error: {complaint}; see: {command} --help", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
