@@ -104,6 +104,23 @@ def test_the_card_names_the_model_that_was_fetched_from_the_hub(tiny: Tiny, reci
     assert text == (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_metadata_names_every_data_set_of_the_calibration(
+    tiny: Tiny, recipe_for: RecipeFor, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of several sources; a file is no data set of the hub, but its path is something to look at before a push."""
+    (tmp_path / "wikitext2").mkdir()
+    shutil.copy(text_file, tmp_path / "wikitext2" / "valid.txt")
+    monkeypatch.setenv("SUBBIT_DATA", str(tmp_path))
+    source = f"wikitext2,{text_file}"
+    recipe = recipe_for("rtn", calibration={"samples": 2, "seq_len": 16, "source": source})
+    subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out")
+    assert card_of(tmp_path / "out").data.datasets == ["Salesforce/wikitext"]
+    notes = subbit.push(tmp_path / "out", "tiny", dry_run=True).notes
+    assert [note for note in notes if "calibration" in note] == [
+        f"recipe and manifest name the calibration file {text_file}"
+    ]
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "# no metadata", "---\n[\n---\n", "---\n- a list\n---\n", "---\nlicense: 3\n---\n"]
 )
@@ -289,6 +306,13 @@ def test_a_checkpoint_without_a_card_is_uploaded_with_one(copy: Path) -> None:
     assert "import subbit" in upload.card
     assert "README.md" in upload.files
     assert not (copy / "README.md").exists()
+
+
+def test_checksums_that_are_not_there_are_said(copy: Path) -> None:
+    """Saved again by transformers, a checkpoint has no manifest."""
+    assert not any("checksum" in note for note in subbit.push(copy, "tiny", dry_run=True).notes)
+    (copy / "subbit_manifest.json").unlink()
+    assert any("no checksum was compared" in note for note in subbit.push(copy, "tiny", dry_run=True).notes)
 
 
 def test_only_a_whole_checkpoint_is_uploaded(copy: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

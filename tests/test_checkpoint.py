@@ -339,6 +339,14 @@ def manifest_is_no_json(directory: Path) -> None:
     (directory / "subbit_manifest.json").write_text("{")
 
 
+def manifest_of_another_shape(directory: Path) -> None:
+    edit_json(directory / "subbit_manifest.json", lambda manifest: manifest.update(layers=[3]))
+
+
+def files_of_the_manifest_are_a_list(directory: Path) -> None:
+    edit_json(directory / "subbit_manifest.json", lambda manifest: manifest.update(files=[]))
+
+
 DAMAGES: dict[Damage, str] = {
     truncate: "model-layer-00001.safetensors has [0-9]+ bytes where its header says",
     truncate_to_nothing: "model-layer-00001.safetensors is truncated or no safetensors",
@@ -369,7 +377,9 @@ DAMAGES: dict[Damage, str] = {
     wrong_spec_type: "the description of .* makes no sense",
     impossible_spec: "the description of .* makes no sense",
     linear_that_the_model_lacks: "model.layers.7.mlp.up_proj",
-    manifest_is_no_json: "subbit_manifest.json cannot be read as JSON",
+    manifest_is_no_json: "subbit_manifest.json cannot be read as JSON .*; get it again",
+    manifest_of_another_shape: "subbit_manifest.json is damaged; get it again",
+    files_of_the_manifest_are_a_list: "subbit_manifest.json is damaged; get it again",
 }
 
 

@@ -27,6 +27,7 @@ from subbit.evaluation.perplexity import Perplexity
 from subbit.evaluation.record import VALUES, Measurement, measurements_of, read_evaluations, record_evaluation, speed_of
 from subbit.evaluation.suite import Evaluation
 from subbit.evaluation.zero_shot import ZeroShot
+from subbit.reporting import svg
 from subbit.reporting.charts import heat_map, input_peaks, short_names
 from subbit.reporting.facts import Grid, read_facts
 from subbit.reporting.headline import headline, show
@@ -192,7 +193,15 @@ def test_no_path_of_the_machine_and_no_infinity_is_recorded(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "contents",
-    ["", "[]", "{}", '{"subbit_evaluation": 1}', '{"subbit_evaluation": 1, "measurements": [{"kind": "speed"}]}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"subbit_evaluation": 1}',
+        '{"subbit_evaluation": 1, "measurements": [{"kind": "speed"}]}',
+        '{"subbit_evaluation": 1, "measurements": [{"kind": "perplexity", "protocol": {}, "values": {"value": "9"}}]}',
+        '{"subbit_evaluation": 1, "measurements": [{"kind": "speed", "protocol": {"tokens": "9"}, "values": {}}]}',
+    ],
 )
 def test_a_damaged_record_is_one_line(contents: str, tmp_path: Path) -> None:
     """It names the file and the way out, and recording does not write over it."""
@@ -435,6 +444,25 @@ def test_texts_of_both_models_stand_beside_each_other(checkpoint: Path, tiny: Ti
     assert not (tmp_path / "other.html").exists()
 
 
+def test_a_wrong_reference_is_said_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, or a compressed one: no model runs; more tokens than the context are one line too."""
+    with pytest.raises(UserError, match=r"a sequence of \d+ tokens is beyond the model's context of 256"):
+        subbit.report(checkpoint, tmp_path / "report.html", generations=True, max_new_tokens=300)
+    monkeypatch.setattr("subbit.reporting.generations.write_all", lambda *_: pytest.fail("a model was run"))
+    for reference, complaint in ((tmp_path / "nowhere", "does not exist"), (checkpoint, "give the dense model")):
+        with pytest.raises(UserError, match=complaint):
+            subbit.report(checkpoint, tmp_path / "report.html", reference=reference)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_recipe_that_is_no_text_is_shown_as_it_is(copy: Path, tmp_path: Path) -> None:
+    """It is the reader's to judge."""
+    (copy / "subbit_recipe.yaml").write_bytes(b"method: \xff")
+    assert "method: \N{REPLACEMENT CHARACTER}" in subbit.report(copy, tmp_path / "report.html")[0].read_text()
+
+
 def test_a_fence_is_longer_than_those_inside() -> None:
     """Models write Markdown too."""
     assert fenced("a\n```\nb") == "````\na\n```\nb\n````"
@@ -494,6 +522,7 @@ def test_ticks_are_round_and_inside() -> None:
     assert log_ticks(4, 120, 5) == [5, 10, 20, 50, 100]
     assert log_ticks(1e-9, 1e9, 5)[0] == pytest.approx(1e-9)
     assert len(log_ticks(1e-9, 1e9, 5)) <= 7
+    assert max(len(svg.short(10.0**power)) for power in range(-6, 9)) == len("10,000")  # fits beside the axis
     for low, high in ((0.9, 1.1), (3, 8), (0.001, 70)):
         ticks = log_ticks(low, high, 5)
         assert ticks

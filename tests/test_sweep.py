@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -304,9 +305,17 @@ def test_kept_checkpoints(pretend: Pretended, tmp_path: Path) -> None:
 def test_what_is_no_results_file_is_not_overwritten(pretend: Pretended, tmp_path: Path) -> None:
     """Also not one of another version."""
     out = tmp_path / "results.json"
-    for text in ("no JSON", "[]", '{"results": []}', '{"subbit_sweep": 1, "results": [{}]}'):
+    entry = '{"key": "a", "status": "done", "places": [], "model": {}, "protocol": 3}'
+    broken = ("[{}]", "[3]", f"[{entry}]")
+    texts = (
+        "no JSON",
+        "[]",
+        '{"results": []}',
+        *(f'{{"subbit_sweep": 1, "results": {results}}}' for results in broken),
+    )
+    for text in texts:
         out.write_text(text)
-        with pytest.raises(UserError, match=r"results\.json"):
+        with pytest.raises(UserError, match=r"results\.json is no results file"):
             subbit.sweep("model", grid(["rtn"]), out)
         assert out.read_text() == text
     out.write_text('{"subbit_sweep": 2, "results": []}')
@@ -688,6 +697,36 @@ def test_ways_of_measuring_are_not_mixed(two: tuple[Path, Path], protocol: dict[
     assert cells_of(text, "two")[5:7] == ["–", "80.00 ± 5.00"]
     assert cells_of(text, "accuracy, %, arc_easy (first 100 of 2376 items), guessing 25.0") == ["–", "25.0 ± 1.0"]
     assert "compare down a column only" in text
+
+
+def test_two_checkpoints_of_one_name_are_two(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """They go by their paths, in the table and in the figure, which says how they were measured; repetitions go."""
+    pytest.importorskip("matplotlib")
+    places = [tmp_path / folder / "model" for folder in ("a", "b")]
+    for source, place, value in zip(two, places, (50.0, 80.0), strict=True):
+        shutil.copytree(source, place)
+        record_evaluation(place, recorded(value=value))
+    text = subbit.compare([*places, places[0]], tmp_path / "report")
+    assert text.count("| 50.00 ± 5.00 |") == text.count("| 80.00 ± 5.00 |") == 1
+    (curve,) = (tmp_path / "report").glob("*.svg")
+    shown = " ".join(re.findall(r">([^<>]+)</text>", curve.read_text()))
+    assert all(str(place) in text and str(place) in shown for place in places)
+    assert "wikitext2 test (20 × 2048 tokens, float32), windows without overlap; bars" in shown
+
+
+@pytest.mark.parametrize(
+    ("contents", "complaint"),
+    [(None, "does not exist"), ("[", "cannot be read as JSON"), ("{}", "is not of the form of")],
+)
+def test_a_wrong_file_of_published_numbers(
+    contents: str | None, complaint: str, two: tuple[Path, Path], tmp_path: Path, run: Run
+) -> None:
+    """One line."""
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "published.json"
+    if contents is not None:
+        file.write_text(contents)
+    assert_one_line(run("compare", *two, "--out", tmp_path / "report", "--published", file), complaint)
 
 
 def test_the_newer_of_two_measurements_counts(two: tuple[Path, Path]) -> None:

@@ -155,6 +155,7 @@ def test_no_network_is_one_line_too(data: Callable[[str, str], Path], monkeypatc
     with pytest.raises(UserError) as error:
         load_text("wikitext2", "test")
     assert "ConnectionError: cannot reach the hub)" in one_line(error)
+    assert "--calibration" not in one_line(error)  # this text is to be evaluated on
 
 
 def test_the_hub_gives_the_same_text_as_local_files(

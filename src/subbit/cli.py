@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Of click, or of the copy that newer typers have of it: no such option, a value of another kind.
+UsageError: Any = typer.BadParameter.__bases__[0]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine instead of text for a person.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
@@ -137,6 +140,11 @@ def evaluate(
 
     if cache and not reference:
         raise UserError("--cache keeps what the dense model said: give that model with --reference")
+    names = split_list(tasks)
+    if tasks and not names:
+        raise UserError(f"--tasks {tasks!r} names none: choose {', '.join(TASKS)}, or all")
+    if limit is not None and not names:
+        raise UserError("--limit is of the items of --tasks: for perplexity, give --max-windows")
     results = run(
         model,
         perplexity or ([] if tasks and not reference else ["wikitext2"]),
@@ -145,7 +153,7 @@ def evaluate(
         max_windows=max_windows,
         reference=reference,
         cache=cache,
-        tasks=split_list(tasks),
+        tasks=names,
         limit=limit,
         batch_size=read_batch_size(batch_size),
         dtype=read_dtype(dtype),
@@ -175,6 +183,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from subbit.calibration.text import check_context
     from subbit.device import pick_device
     from subbit.loading import load_any
 
@@ -187,6 +196,7 @@ def generate(
     loaded, tokenizer = load_any(model, read_dtype(dtype), str(pick_device(device)), trust_remote_code)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    check_context(loaded, inputs["input_ids"].shape[1] + max_new_tokens)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
@@ -596,10 +606,16 @@ def main() -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()  # those of transformers and the hub; in a file they are noise around the one line
     try:
-        app()
+        code = app(prog_name="subbit", standalone_mode=len(sys.argv) < 2)  # without arguments typer shows the help
+    except UsageError as error:
+        complaint = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx else "subbit"
+        print(f"error: {complaint}; see: {command} --help", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

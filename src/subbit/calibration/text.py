@@ -176,11 +176,11 @@ def _from_hub(dataset: str, split: str) -> Text:
         text = _download(dataset, split)
     except Exception as error:  # the package, the network, the hub: the user's choices are the same
         reason = next(iter(str(error).splitlines()), "")[:160]
+        own = ", or calibrate on the model's own text (`--calibration self`)" if split == "train" else ""
         raise UserError(
             f"{dataset} {split} is not in the data folder ({data_root()}) and cannot be fetched "
             f"({type(error).__name__}: {reason}): set SUBBIT_DATA to a folder that has it, or install the fetcher with "
-            '`pip install "subbit[data]"` and go online, or use a local .txt/.jsonl file, or calibrate on the '
-            "model's own text (`--calibration self`)"
+            f'`pip install "subbit[data]"` and go online, or use a local .txt/.jsonl file{own}'
         ) from error
     if not text.text.strip():
         raise UserError(f"{text.origin} came back empty: use a local .txt or .jsonl file")

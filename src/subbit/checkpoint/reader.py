@@ -75,9 +75,9 @@ def is_compressed(directory: Path) -> bool:
     """Whether ``config.json`` there says that subbit wrote it."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool((config.get("quantization_config") or {}).get("quant_method") == "subbit")
+    except (OSError, ValueError, AttributeError):  # the last: JSON of another shape
         return False
-    return bool((config.get("quantization_config") or {}).get("quant_method") == "subbit")
 
 
 def open_checkpoint(directory: str | Path, config: dict[str, Any] | None = None) -> Checkpoint:
@@ -99,8 +99,7 @@ def open_checkpoint(directory: str | Path, config: dict[str, Any] | None = None)
     check_format_version(quantization, directory)
     check_fields(quantization, directory)
     specs = read_specs(quantization["linears"], directory)
-    manifest_path = directory / MANIFEST_FILE
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    manifest = read_manifest(directory / MANIFEST_FILE)
     embeddings = PackedEmbeddings.from_dict(quantization.get("embeddings", {}), directory)
     checkpoint = Checkpoint(directory, config, specs, embeddings, read_tensors(directory), manifest)
     checkpoint.check_structure()
@@ -155,10 +154,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); get it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object; get it again or compress again")
+        raise CheckpointError(f"{path} is no JSON object; get it again")
     return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What subbit recorded of a checkpoint; empty where the file did not travel with it."""
+    manifest = read_json(path) if path.exists() else {}
+    layers, files = manifest.get("layers", []), manifest.get("files", {})
+    whole = isinstance(layers, list) and isinstance(files, dict)
+    if not whole or not all(isinstance(layer, dict) and isinstance(layer.get("linears"), dict) for layer in layers):
+        raise CheckpointError(f"{path} is damaged; get it again or delete it (no weights are in it)")
+    return manifest
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -450,13 +450,14 @@ def footnote(section: Section, dataset: str) -> str:
     """How the numbers of a figure were measured."""
     rows = [row for row in section.rows if dataset in row.perplexity]
     counts = sorted({row.perplexity[dataset].windows for row in rows})
-    protocol = section.protocol or {}
-    windows = (
-        f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} windows of {protocol.get('seq_len', '?')} tokens"
-    )
-    measured = f"{dataset} {protocol.get('split', '')} text, {windows} without overlap, {protocol.get('dtype', '')}"
+    how = section.protocol
+    windows = f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} windows"
+    measured = f"{dataset}, windows without overlap"  # of checkpoints: the name says the rest
+    if how:
+        windows = f"{windows} of {how['seq_len']} tokens without overlap"
+        measured = f"{dataset} {how['split']} text, {windows}, {how['dtype']}"
     texts = list(dict.fromkeys(row.calibration for row in rows if row.calibration and not row.baseline))
-    calibration = f" Calibration: {'; '.join(texts)}." if 0 < len(texts) <= 2 else ""
+    calibration = f" Calibration: {' · '.join(texts)}." if 0 < len(texts) <= 2 else ""
     seeds = max((row.perplexity[dataset].seeds for row in rows), default=1)
     merged = f" Geometric mean over up to {seeds} seeds." if seeds > 1 else ""
     return f"{measured}; bars: ± one standard error over windows.{calibration}{merged}"

@@ -14,7 +14,8 @@ __all__ = ["DONE", "FAILED", "place", "read_results", "record"]
 
 VERSION = 1
 DONE, FAILED = "done", "failed"
-FIELDS = ("key", "status", "places", "model", "protocol")  # what a reader cannot do without
+# What a reader cannot do without.
+FIELDS = {"key": str, "status": str, "places": list, "model": dict, "protocol": dict}
 
 
 def place(entry: Entry) -> dict[str, Any]:
@@ -33,11 +34,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         version, results = contents["subbit_sweep"], contents["results"]
-        good = all(field in result for result in results for field in FIELDS)
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is no results file of 'subbit sweep'") from None
-    if version != VERSION or not good:
+        good = all(isinstance(result.get(field), kind) for result in results for field, kind in FIELDS.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        version, results, good = VERSION, [], False
+    if version != VERSION:
         raise UserError(f"{path} was written by another version of 'subbit sweep' (format {version})")
+    if not good:
+        raise UserError(f"{path} is no results file of 'subbit sweep', or is damaged")
     return list(results)
 
 

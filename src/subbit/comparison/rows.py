@@ -211,10 +211,18 @@ def describe_calibration(recipe: dict[str, Any] | None) -> str:
 
 
 def checkpoint_rows(directories: Sequence[Path]) -> list[Row]:
-    """Finished checkpoints with what was measured of each; a name of a measurement is the same in all rows."""
-    measured = [measurements_beside(directory) for directory in directories]
+    """Finished checkpoints with what was measured of each; a name of a measurement is the same in all rows.
+
+    A directory that is given twice is one row; two of one name go by their paths.
+    """
+    once = list({directory.resolve(): directory for directory in directories}.values())
+    titles = [directory.resolve().name for directory in once]
+    titles = [
+        title if titles.count(title) == 1 else str(directory) for title, directory in zip(titles, once, strict=True)
+    ]
+    measured = [measurements_beside(directory) for directory in once]
     names = names_of([measurement for of_one in measured for measurement in of_one])
-    return [checkpoint_row(directory, of_one, names) for directory, of_one in zip(directories, measured, strict=True)]
+    return [checkpoint_row(*row, names) for row in zip(once, titles, measured, strict=True)]
 
 
 def measurements_beside(directory: Path) -> list[Measurement]:
@@ -223,10 +231,13 @@ def measurements_beside(directory: Path) -> list[Measurement]:
     return [*(Measurement.of("perplexity", found) for found in swept), *read_evaluations(directory)]
 
 
-def checkpoint_row(directory: Path, measurements: Sequence[Measurement], names: Callable[[Measurement], str]) -> Row:
+def checkpoint_row(
+    directory: Path, title: str, measurements: Sequence[Measurement], names: Callable[[Measurement], str]
+) -> Row:
     """One finished checkpoint.
 
     Args:
+        title: what the row is called.
         measurements: of two that have one name the later counts.
         names: a name for each way of measuring.
     """
@@ -236,7 +247,7 @@ def checkpoint_row(directory: Path, measurements: Sequence[Measurement], names: 
     errors = [linear["error"] for layer in facts["layers"] for linear in layer["linears"]]
     return Row(
         group="checkpoints",
-        series=directory.resolve().name,
+        series=title,
         label="",
         baseline=None,
         method=facts["method"],

@@ -33,7 +33,7 @@ def markdown(sections: Sequence[Section]) -> str:
 def notes(section: Section) -> str:
     """How the numbers of a section were measured."""
     texts = list(dict.fromkeys(row.calibration for row in section.rows if row.calibration))
-    calibration = f"Calibration: {'; '.join(texts)}." if len(texts) <= 3 else "Calibration differs between the rows."
+    calibration = f"Calibration: {' · '.join(texts)}." if len(texts) <= 3 else "Calibration differs between the rows."
     seeds = max((m.seeds for row in section.rows for m in row.perplexity.values()), default=1)
     merged = " Perplexities of several seeds: geometric mean, lowest and highest." if seeds > 1 else ""
     measured = f"Perplexity: {section.measured}. " if section.protocol else ""

@@ -38,7 +38,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _perplexity_lines(name: str, result: Perplexity) -> Iterator[str]:
-    yield f"{name} {result.split} perplexity: {result.value:.3f}{_error(result.standard_error, 2)} (standard error)"
+    error = "" if result.standard_error is None else f" ± {result.standard_error:.2f} (standard error)"
+    yield f"{name} {result.split} perplexity: {result.value:.3f}{error}"
     yield f"  {result.protocol}, {result.backend}; {result.origin}; {result.tokens_per_second:.0f} tokens/s"
 
 

@@ -142,11 +142,21 @@ def read_evaluations(directory: Path) -> list[Measurement]:
         measured = [
             Measurement(str(m["kind"]), dict(m["protocol"]), dict(m["values"])) for m in contents["measurements"]
         ]
+        good = all(map(has_numbers, measured))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged; delete it and evaluate again") from None
+        version, measured, good = VERSION, [], False
+    if not good:
+        raise UserError(f"{path} is damaged; delete it and evaluate again")
     if version != VERSION:
         raise UserError(f"{path} was written by another version of subbit (format {version}): pip install -U subbit")
     return measured
+
+
+def has_numbers(measurement: Measurement) -> bool:
+    """Whether the values that this version knows are numbers, or None."""
+    known = [measurement.values.get(name) for name in VALUES.get(measurement.kind, ())]
+    known.append(measurement.protocol.get("tokens"))
+    return all(value is None or isinstance(value, (int, float)) for value in known)
 
 
 def record_evaluation(directory: Path, measurements: Sequence[Measurement]) -> Path:

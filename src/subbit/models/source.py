@@ -171,7 +171,8 @@ class ModelSource:
                 self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True, **kwargs
             )
         except Exception as error:  # transformers raises anything here, down to bare Exception
-            raise UserError(f"cannot read the tokenizer in {self.directory}: {_first_line(error)}") from error
+            hint = "download its tokenizer files again"
+            raise UserError(f"cannot read the tokenizer in {self.directory} ({_first_line(error)}); {hint}") from error
 
 
 def open_source(model: str | Path, trust_remote_code: bool = False) -> ModelSource:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from subbit.calibration.text import split_sources
 from subbit.checkpoint.files import write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.errors import UserError
@@ -97,11 +98,12 @@ def title_of(facts: Facts, source: SourceFacts) -> str:
 
 def metadata(facts: Facts, source: SourceFacts, recipe: Mapping[str, Any]) -> ModelCardData:
     """All but the evaluation."""
-    calibration = recipe.get("calibration", {}).get("source")
+    sources = split_sources(recipe.get("calibration", {}).get("source", ""))
+    datasets = [HUB_DATASETS[source] for source in sources if source in HUB_DATASETS]
     return ModelCardData(
         base_model=source.base_model,
         base_model_relation="quantized" if source.base_model else None,
-        datasets=[HUB_DATASETS[calibration]] if calibration in HUB_DATASETS else None,
+        datasets=datasets or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["subbit", f"subbit-{facts.method}", "quantized", "sub-1-bit" if facts.bits["stored"] < 1 else "low-bit"],

@@ -230,7 +230,7 @@ def facts_of(checkpoint: Checkpoint, measurements: Sequence[Measurement] = ()) -
         scales=(),
         measurements=tuple(measurements),
         backends=described["backends"],
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else None,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else None,
         seconds=seconds_of(checkpoint.directory / LOG_FILE),
     )
 

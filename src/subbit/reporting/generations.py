@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+from subbit.calibration.text import check_context
+from subbit.checkpoint.reader import is_compressed
 from subbit.errors import UserError
 from subbit.loading import load_any
+from subbit.models.source import open_source
 from subbit.progress import Progress
 
 __all__ = ["PROMPTS", "Generation", "generate"]
@@ -51,6 +54,10 @@ def generate(
     """
     if not all(prompts) or max_new_tokens < 1:
         raise UserError("give prompts that are not empty, and at least 1 new token")
+    if reference is not None:
+        if is_compressed(Path(reference)):
+            raise UserError(f"{reference} is a compressed checkpoint; give the dense model")
+        open_source(reference, trust_remote_code)  # before minutes of writing by the compressed one
     ours = write_all(directory, prompts, max_new_tokens, device, trust_remote_code, progress)
     dense: Sequence[str | None] = [None] * len(prompts)
     if reference is not None:
@@ -73,6 +80,7 @@ def write_all(
         written = []
         for number, prompt in enumerate(prompts):
             inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+            check_context(loaded, inputs["input_ids"].shape[1] + max_new_tokens)
             output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             written.append(str(text).strip("\n").rstrip() or "(nothing)")  # the spaces before code are a part of it

@@ -10,7 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
-from subbit.checkpoint.files import LOG_FILE
+from subbit.calibration.text import split_sources
+from subbit.checkpoint.files import LOG_FILE, MANIFEST_FILE
 from subbit.checkpoint.reader import open_checkpoint
 from subbit.errors import UserError
 from subbit.evaluation.record import read_evaluations
@@ -102,6 +103,9 @@ def notes(card: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
     if "license" not in card:
         found.append(f"the card names no license; add that of the dense model to the head of {CARD_FILE}")
     source = str(manifest.get("recipe", {}).get("calibration", {}).get("source", ""))
-    if Path(source).is_absolute():
-        found.append(f"recipe and manifest name the calibration file {source}")
+    for part in split_sources(source):
+        if Path(part).is_absolute():
+            found.append(f"recipe and manifest name the calibration file {part}")
+    if "files" not in manifest:
+        found.append(f"no checksum was compared: {MANIFEST_FILE} is not there")
     return tuple(found)

@@ -68,7 +68,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 def short(value: float) -> str:
     """A tick as people write it."""
-    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
+    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):  # longer ones would not fit beside the axis
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.6g}"
 
