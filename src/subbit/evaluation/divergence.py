@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from subbit.calibration.text import Progress
 from subbit.checkpoint.files import write_atomically
 from subbit.errors import UserError
-from subbit.evaluation.perplexity import Perplexity, TextProtocol, log_probabilities, mean_with_error
+from subbit.evaluation.perplexity import Perplexity, TextProtocol, mean_with_error
 from subbit.models.layout import ModelLayout, find_layout
 from subbit.models.source import ModelSource, model_digest
 from subbit.models.streaming import capture_inputs, materialize, outside_on_demand, release, run_head, run_layer
@@ -223,7 +223,7 @@ class Comparison:
                 "give the dense model that the compressed one was made from"
             )
         logits = logits.to(dense.device)
-        expected = log_probabilities(dense)
+        expected = torch.log_softmax(dense, dim=-1)
         nll = -expected.gather(1, targets.unsqueeze(1)).squeeze(1)
         agreement = dense.argmax(dim=-1) == logits.argmax(dim=-1)
         return divergence_of(expected, logits).cpu(), agreement.cpu(), nll.cpu().to(torch.float64)
@@ -253,7 +253,7 @@ def divergence_of(expected: Tensor, logits: Tensor) -> Tensor:
 
     Summed in float64: in float32 the terms of two close distributions cancel to little more than rounding errors.
     """
-    found = log_probabilities(logits)
+    found = torch.log_softmax(logits.to(torch.float32), dim=-1)
     return (expected.exp() * (expected - found)).sum(dim=-1, dtype=torch.float64)
 
 
