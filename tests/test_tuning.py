@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import subbit
-from subbit import Recipe, UserError
+from subbit import Recipe, UserError, distillation
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity, keep_top
 from subbit.checkpoint.writer import CheckpointWriter
@@ -819,9 +820,39 @@ def test_norms_are_tuned_and_stored(
         assert {"before", "after"} == set(facts["distillation"])
     assert [set(layer["linears"]) for layer in facts["layers"]]
     linears = [linear for layer in facts["layers"] for linear in layer["linears"].values()]
-    assert all(("error" in linear) == (stage == "reconstruction") for linear in linears)  # no error of other weights
-    described = subbit.inspect(out)["layers"][0]
-    assert (described["error"] is None) == (stage == "distillation")
+    assert all(0 < linear["error"] < 1 for linear in linears)
+
+
+def test_errors_after_distillation_are_those_of_the_tuned_linears(
+    tiny: Tiny, recipe_for: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative squared errors of outputs, on what the dense model gives every linear."""
+    given = []
+    measure = distillation.output_errors
+
+    def spy(job: Job, tuned: list[Any], embedded: Tensor, calls: list[LayerCall]) -> dict[str, float]:
+        given.append(embedded)
+        return measure(job, tuned, embedded, calls)
+
+    monkeypatch.setattr(distillation, "output_errors", spy)
+    out = tmp_path / "out"
+    recipe = recipe_for("codes", calibration={"seq_len": 16, "clip_norm": 0.0}, distillation=TUNING["distillation"])
+    subbit.compress(tiny("llama-gqa"), recipe, out)
+    dense = AutoModelForCausalLM.from_pretrained(tiny("llama-gqa"), dtype=torch.float32)
+    packed = dict(dense_equivalent(tiny("llama-gqa"), out).named_modules())
+    expected = {}
+
+    def compare(name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        change = packed[name].weight - module.weight
+        expected[name] = float((inputs[0] @ change.T).square().sum() / output.square().sum())
+
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            module.register_forward_hook(partial(compare, name))
+    with torch.no_grad():
+        dense(inputs_embeds=given[0])
+    linears = [linear for layer in manifest(out)["layers"] for linear in layer["linears"].items()]
+    assert {name: linear["error"] for name, linear in linears} == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_next_layer_sees_what_is_in_the_file(recipe_for: Recipes, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from subbit.checkpoint.writer import CheckpointWriter
 from subbit.errors import UserError
 from subbit.job import Job
-from subbit.layerwise import check_scales, install, load_latents, pack_exactly
+from subbit.layerwise import check_scales, install, load_latents, pack_exactly, relative_output_error
+from subbit.linears import CompressedLinear
 from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
 from subbit.packing.layout import read_spec
@@ -28,6 +30,7 @@ from subbit.tuning.tunable import Tunable, make_tunable
 __all__ = ["distill_model", "own_text"]
 
 SAVE_SECONDS = 300.0  # between two saved states: at most so much work is lost
+ERROR_TOKENS = 4096  # that the output errors of the tuned linears are measured on
 
 
 def own_text(
@@ -105,7 +108,9 @@ def distill_model(
         if train == len(windows):
             facts, said = dict.fromkeys(facts), "no window was held out, so the result is not measured"
         job.progress.line(f"distillation: {said}")
-        write_layers(job, writer, layers, facts)
+        tuned = [tuned_linears(job, layer, index) for index, layer in enumerate(layers)]
+        errors = output_errors(job, tuned, embedded, calls)
+        write_layers(job, writer, layers, tuned, errors, facts)
 
 
 def measure(job: Job, student: Student, embedded: Tensor, teacher: Tensor) -> float:
@@ -184,22 +189,48 @@ def restore_layers(layers: list[nn.Module], saved: dict[str, Tensor]) -> None:
                 parameter.data.copy_(saved[f"{index}.{name}"])
 
 
-def write_layers(job: Job, writer: CheckpointWriter, layers: list[nn.Module], facts: dict[str, Any]) -> None:
-    """Pack all layers again, and put the new shards into the places of the old ones.
+def tuned_linears(job: Job, layer: nn.Module, index: int) -> dict[str, CompressedLinear]:
+    """The compressed linears that a tuned decoder layer has now, by full name; UserError for scales beyond float16."""
+    prefix = job.layout.layer_name(index)
+    modules = layer.named_modules(prefix=prefix)
+    linears = {name: module.linear() for name, module in modules if isinstance(module, Tunable)}
+    for name, linear in linears.items():
+        check_scales(name, linear)
+    return linears
 
-    The output errors of the linears were those of other weights, on Grams that are gone: they are dropped.
-    """
+
+def output_errors(
+    job: Job, tuned: list[dict[str, CompressedLinear]], embedded: Tensor, calls: list[LayerCall]
+) -> dict[str, float]:
+    """Relative squared output error of every linear, on what the dense model gives it for the first windows."""
+    dense = replace(job, model=job.source.skeleton())  # the layers of job.model hold tunable linears
+    few = embedded[: max(1, ERROR_TOKENS // embedded.shape[1])]
+    names = {name for linears in tuned for name in linears}
+    errors = {}
+    for linears, layer in zip(tuned, dense.dense_pass("output errors", few, calls, names), strict=True):
+        for leader, members in layer.grams.shared().items():
+            gram = layer.grams.gram(leader)
+            for name in members:
+                errors[name] = relative_output_error(layer.linears[name].weight, linears[name].dense(), gram)
+    return errors
+
+
+def write_layers(
+    job: Job,
+    writer: CheckpointWriter,
+    layers: list[nn.Module],
+    tuned: list[dict[str, CompressedLinear]],
+    errors: dict[str, float],
+    facts: dict[str, Any],
+) -> None:
+    """Pack all layers again, and put the new shards into the places of the old ones."""
     described = []
-    for index, (layer, old) in enumerate(zip(layers, writer.state["layers"], strict=True)):
+    for index, (layer, linears, old) in enumerate(zip(layers, tuned, writer.state["layers"], strict=True)):
         prefix = job.layout.layer_name(index)
         tensors = load_file(writer.directory / old["file"])
         tensors.update({f"{prefix}.{name}": job.stored(norm) for name, norm in tuned_norms(layer).items()})
-        for name in old["linears"]:
-            tunable = layer.get_submodule(name.removeprefix(prefix + "."))
-            assert isinstance(tunable, Tunable)
-            linear = tunable.linear()
-            check_scales(name, linear)
+        for name, linear in linears.items():
             tensors.update(pack_exactly(name, linear, linear.dense())[1])
-        linears = {name: {k: v for k, v in entry.items() if k != "error"} for name, entry in old["linears"].items()}
-        described.append({**old, "linears": linears, **writer.stage_layer(index, tensors)})
+        entries = {name: {**entry, "error": errors[name]} for name, entry in old["linears"].items()}
+        described.append({**old, "linears": entries, **writer.stage_layer(index, tensors)})
     writer.commit_staged(described, distillation=facts)

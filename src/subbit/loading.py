@@ -227,7 +227,7 @@ def describe_layers(checkpoint: Checkpoint, linears: dict[str, LinearCount]) -> 
         name: linear["error"]
         for layer in checkpoint.manifest.get("layers", [])
         for name, linear in layer["linears"].items()
-        if "error" in linear  # distillation drops it
+        if "error" in linear  # those that older versions of subbit distilled have none
     }
     grouped: dict[str, list[str]] = {}
     for name in linears:

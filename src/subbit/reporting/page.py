@@ -99,7 +99,7 @@ def reference() -> dict[str, Any]:
 def missing_errors(facts: Facts) -> str:
     """Why a checkpoint may have no output errors."""
     if facts.distillation is not None:
-        return "Not known: distillation changed the linears after their errors were measured."
+        return "Not recorded: an older version of subbit distilled this checkpoint."
     return "Not recorded: the checkpoint has no subbit_manifest.json."
 
 
