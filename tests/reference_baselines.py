@@ -7,7 +7,7 @@ released STBLLM, from what its code does): the ground truth of `test_baselines.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from reference import (
@@ -45,6 +45,7 @@ __all__ = [
     "arb_on_weights",
     "billm_linear",
     "published_rc",
+    "published_rc_linear",
     "released_linear",
     "row_column_block",
     "sets_of_row",
@@ -406,6 +407,31 @@ def published_rc(weight: Floats, mask: Bools, order: int, iterations: int) -> Fl
                 pair = nearest_pair(w[i, j], alphas[0][i] * gammas[0][j], alphas[1][i] * gammas[1][j])
                 signs[0][i, j], signs[1][i, j] = pair
     return np.asarray(sum(np.outer(a, g) * s for a, g, s in zip(alphas, gammas, signs, strict=True)), dtype=np.float64)
+
+
+@dataclass
+class PublishedBlock(ReferenceBlock):
+    """A block of which only the values are known: the published ARB-RC has more numbers than `scales` has room for."""
+
+    values: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def dense(self) -> Floats:
+        return self.values
+
+
+def published_rc_linear(weight: Floats, gram: Floats, common: Blockwise, choices: ArbChoices) -> ReferenceLinear:
+    """ARB-LLM_RC with `published_rc` for every set of a block; its numbers are not rounded to float16."""
+
+    def one(before: Floats, columns: slice, upper: Floats, metric: Floats) -> ReferenceBlock:
+        current, keep = prune(before, columns, upper, weight, gram, common, choices.score, choices.prune_compensation)
+        sets = find_partition(current, keep, upper.diagonal(), common.salient_columns, choices)
+        values = sum(
+            (published_rc(current, mask, order, choices.iterations) for mask, order, _ in sets.sets()), 0 * current
+        )
+        unknown, none = np.zeros_like(keep), np.zeros((len(keep), 2 * sets.regions + 3))
+        return PublishedBlock(keep, unknown, 0 * sets.region, sets.salient, sets.regions, none, unknown, values)
+
+    return run_blocks(weight, gram, common, one)
 
 
 def arb_linear(weight: Floats, gram: Floats, common: Blockwise, choices: ArbChoices) -> ReferenceLinear:
