@@ -8,9 +8,9 @@ A claim says that one choice leaves less output error, tr(E H Eᵀ) / tr(W H W�
     STBLLM    SI ≤ Wanda ≤ magnitude as the pruning score; three regions (trisection) < two (bell)
     PBS²P     the same, and pruning in M − N steps < pruning at once
 
-each with the paper's choices (*written*: compensation diagonal, metric gram, scores not taken again) and with our
-defaults (*ours*), with token norms clipped at twice the median and as they are. Adaptive N is a claim about whole
-models and is not here.
+each with the paper's choices (*written*: compensation diagonal, metric gram, PBS²P scoring once) and with our defaults
+(*ours*, where PBS²P scores by what dropping a weight loses and so has no pruning score to choose), with token norms
+clipped at twice the median and as they are. Adaptive N is a claim about whole models and is not here.
 
 Synthetic layers have Gaussian weights and correlated Gaussian inputs. Heavy tails have the sizes of the columns of the
 weight (*weights*), of the inputs (*inputs*), of both, larger inputs to smaller weights (*opposed*), or none (*plain*).
@@ -54,26 +54,27 @@ class Claim:
     better: dict[str, Any]
     worse: dict[str, Any]
     base: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ("written", "ours")
 
-    def options(self, changes: dict[str, Any], written: bool) -> Any:
-        """Options with one of the two sides, in the paper's setting or with our defaults."""
-        defaults = METHODS[self.method].options(**(WRITTEN[self.method] if written else {}))
+    def options(self, changes: dict[str, Any], setting: str) -> Any:
+        """Options with one of the two sides."""
+        defaults = METHODS[self.method].options(**(WRITTEN[self.method] if setting == "written" else {}))
         return replace(defaults, **{**self.base, **changes})
 
 
-def score_claims(method: str, base: dict[str, Any]) -> list[Claim]:
+def score_claims(method: str, *settings: str) -> list[Claim]:
     """SI ≤ Wanda ≤ magnitude."""
     pairs = [("si", "wanda"), ("wanda", "magnitude"), ("si", "magnitude")]
-    return [Claim(method, f"{a} ≤ {b}", {"score": a}, {"score": b}, base) for a, b in pairs]
+    return [Claim(method, f"{a} ≤ {b}", {"score": a}, {"score": b}, {}, settings) for a, b in pairs]
 
 
 CLAIMS = [
-    *score_claims("stbllm", {}),
+    *score_claims("stbllm", "written", "ours"),
     Claim("stbllm", "trisection < bell", {"grouping": "trisection"}, {"grouping": "bell"}),
-    *score_claims("pbs2p", {"rescore": False}),
+    *score_claims("pbs2p", "written"),
     Claim("pbs2p", "trisection < bell", {"grouping": "trisection"}, {"grouping": "bell"}),
     Claim("pbs2p", "M − N steps < at once", {}, {"steps": 1}),
-    Claim("pbs2p", "M − N steps < at once, scored again", {}, {"steps": 1}, {"rescore": True}),
+    Claim("pbs2p", "M − N steps < at once, scored again", {}, {"steps": 1}, {"rescore": True}, ("written",)),
 ]
 
 
@@ -90,14 +91,14 @@ def claims_of(linear: RealLinear, clip: float, sparsity: Sparsity) -> list[dict[
     return [
         {
             "claim": f"{claim.method}: {claim.name}",
-            "setting": "written" if written else "ours",
+            "setting": setting,
             "tokens": CLIPS[clip],
             "linear": linear.name,
-            "better": error(claim.method, claim.options(claim.better, written)),
-            "worse": error(claim.method, claim.options(claim.worse, written)),
+            "better": error(claim.method, claim.options(claim.better, setting)),
+            "worse": error(claim.method, claim.options(claim.worse, setting)),
         }
         for claim in CLAIMS
-        for written in (True, False)
+        for setting in claim.settings
     ]
 
 
@@ -156,6 +157,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, may_lack_model=True)
     parser.add_argument("--sparsity", default="4:8")
+    parser.add_argument("--clips", type=float, nargs="+", choices=list(CLIPS), default=list(CLIPS))
     parser.add_argument("--synthetic", type=int, default=0, help="so many layers of every kind, instead of a model's")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(None if arguments is None else list(arguments))
@@ -170,7 +172,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
                 rows += [{**row, "tokens": "", "kind": kind} for row in found]
                 print(kind, seed, flush=True)
         else:
-            for linear, clip in product(real_linears(args, list(CLIPS)), CLIPS):
+            for linear, clip in product(real_linears(args, list(CLIPS)), args.clips):
                 rows += claims_of(linear, clip, sparsity)
                 print(linear.name, CLIPS[clip], flush=True)
     show(summary(rows))
