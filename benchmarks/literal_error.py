@@ -40,7 +40,14 @@ from subbit.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference import Blockwise, Floats, StbllmChoices, stbllm_linear
-from reference_baselines import ArbChoices, BillmChoices, arb_linear, billm_linear, published_rc_linear
+from reference_baselines import (
+    ArbChoices,
+    BillmChoices,
+    arb_linear,
+    billm_linear,
+    published_rc_linear,
+    round_all_scales,
+)
 
 Results = dict[str, dict[str, dict[str, float]]]  # case → linear → what `compare` found
 
@@ -86,8 +93,9 @@ def literal_dense(weight: Tensor, gram: Tensor, case: Case) -> Floats:
     options, sparsity = asdict(case.ours(written=True)), Sparsity.parse(case.sparsity)
     common = {name: options[name] for name in Blockwise.__dataclass_fields__ if name in options}
     own = {name: options[name] for name in choices.__dataclass_fields__}
+    shared = Blockwise(sparsity.n, sparsity.m, **common, settle=round_all_scales)
     W, H = weight.double().numpy(), gram.double().numpy()
-    return np.asarray(run(W, H, Blockwise(sparsity.n, sparsity.m, **common), choices(**own)).dense, dtype=np.float64)
+    return np.asarray(run(W, H, shared, choices(**own)).dense, dtype=np.float64)
 
 
 def compare(weight: Tensor, gram: Tensor, case: Case) -> dict[str, float]:

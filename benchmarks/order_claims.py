@@ -152,6 +152,14 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['claim']:<44}{row['setting']:<9}{what:<16}{numbers}")
 
 
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], done: str) -> None:
+    """Say what is done, and keep all there is so far."""
+    print(done, flush=True)
+    if args.json:
+        facts = {"arguments": facts_of(args), "summary": summary(rows), "linears": rows}
+        args.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,15 +178,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
             for kind, seed in product(SYNTHETIC, range(args.synthetic)):
                 found = claims_of(synthetic_linear(kind, seed), 0.0, sparsity)
                 rows += [{**row, "tokens": "", "kind": kind} for row in found]
-                print(kind, seed, flush=True)
+                write(args, rows, f"{kind} {seed}")
         else:
             for linear, clip in product(real_linears(args, list(CLIPS)), args.clips):
                 rows += claims_of(linear, clip, sparsity)
-                print(linear.name, CLIPS[clip], flush=True)
+                write(args, rows, f"{linear.name}, {CLIPS[clip]}")
     show(summary(rows))
-    if args.json:
-        facts = {"arguments": facts_of(args), "summary": summary(rows), "linears": rows}
-        args.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

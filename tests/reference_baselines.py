@@ -26,6 +26,7 @@ from reference import (
     quadratic,
     rank_columns,
     region_of,
+    round_scales,
     run_blocks,
     score,
     search_thresholds,
@@ -47,6 +48,7 @@ __all__ = [
     "published_rc",
     "published_rc_linear",
     "released_linear",
+    "round_all_scales",
     "row_column_block",
     "sets_of_row",
 ]
@@ -220,6 +222,13 @@ class ArbReferenceBlock(ReferenceBlock):
     def dense(self) -> Floats:
         dense = super().dense()
         return dense if self.column_scales is None else dense * self.column_scales
+
+
+def round_all_scales(index: int, block: ReferenceBlock, target: Floats, metric: Floats) -> None:
+    """Store the scales of a block, and of its columns, in float16."""
+    round_scales(index, block, target, metric)
+    if isinstance(block, ArbReferenceBlock) and block.column_scales is not None:
+        block.column_scales = to_half(block.column_scales)
 
 
 @dataclass
@@ -403,9 +412,10 @@ def published_rc(weight: Floats, mask: Bools, order: int, iterations: int) -> Fl
             above = (alphas[o][:, None] * signs[o] * (w - others)).sum(axis=0)
             gammas[o] = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
         if order == 2:
-            for i, j in np.argwhere(mask):
-                pair = nearest_pair(w[i, j], alphas[0][i] * gammas[0][j], alphas[1][i] * gammas[1][j])
-                signs[0][i, j], signs[1][i, j] = pair
+            pairs = [(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)]  # as in `nearest_pair`
+            first, second = (np.outer(alpha, gamma) for alpha, gamma in zip(alphas, gammas, strict=True))
+            nearest = np.argmin([np.abs(w - s * first - t * second) for s, t in pairs], axis=0)
+            signs = [np.where(mask, np.array(pairs)[nearest, o], 0.0) for o in range(2)]
     return np.asarray(sum(np.outer(a, g) * s for a, g, s in zip(alphas, gammas, signs, strict=True)), dtype=np.float64)
 
 
