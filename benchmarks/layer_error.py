@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from real_linears import RealLinear, add_arguments, facts_of, real_linears
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
-from subbit.calibration.gram import GramCollector
-from subbit.calibration.text import calibration_windows
 from subbit.layerwise import relative_output_error
-from subbit.loading import load_any
 from subbit.methods import METHODS
 from subbit.methods.pbs2p import Pbs2pOptions
 from subbit.methods.stbllm import StbllmOptions
-from subbit.models.layout import find_layout, layer_linears
 
 KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
@@ -80,17 +76,17 @@ def variants() -> dict[str, tuple[str, Any]]:
 def main() -> None:
     """Collect the linears, run every variant on each, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", default="wikitext2")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
+    add_arguments(parser)
+    parser.set_defaults(samples=32)
     parser.add_argument("--clip-norm", type=float, default=2.0)
     parser.add_argument("--sparsity", default="4:8")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 10, 20, 29])
+    parser.add_argument("--layers", type=int, nargs="+", help=f"{', '.join(KINDS)} of these instead of --linears")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.layers:
+        args.linears = [f"{layer}.{kind}" for layer in args.layers for kind in KINDS]
     with torch.inference_mode():
-        subjects = collect(args)
+        subjects = [subject_of(linear, args.clip_norm) for linear in real_linears(args, [args.clip_norm])]
         results = {}
         for name, (method, options) in variants().items():
             started = time.perf_counter()
@@ -98,30 +94,13 @@ def main() -> None:
             results[name] = {"errors": errors, "seconds": round(time.perf_counter() - started, 2)}
     show(results)
     if args.json:
-        facts = {**vars(args), "json": None, "machine": platform.processor() or platform.machine()}
-        args.json.write_text(json.dumps({"arguments": facts, "results": results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"arguments": facts_of(args), "results": results}, indent=1) + "\n")
 
 
-def collect(args: argparse.Namespace) -> list[Subject]:
-    """The linears of the chosen layers with their Grams over the calibration text."""
-    model, tokenizer = load_any(args.model, torch.float32)
-    windows, _ = calibration_windows(args.calibration, tokenizer, args.samples, args.seq_len, 0, lambda: model)
-    layout = find_layout(model)
-    linears = {
-        f"{index}.{name.split('.')[-1]}": linear
-        for index in args.layers
-        for name, linear in layer_linears(layout.layers(model)[index]).items()
-        if name.endswith(KINDS)
-    }
-    with GramCollector(linears, args.clip_norm) as grams:
-        for window in windows:
-            model(window[None])
-    leaders = {name: leader for leader, names in grams.shared().items() for name in names}
-    subjects = []
-    for name, linear in linears.items():
-        gram = grams.gram(leaders[name])
-        subjects.append(Subject(name, linear.weight.detach().clone(), gram, inverse_factor(gram)))
-    return subjects
+def subject_of(linear: RealLinear, clip_norm: float) -> Subject:
+    """A linear, ready for every variant."""
+    gram = linear.grams[clip_norm]
+    return Subject(linear.name, linear.weight, gram, inverse_factor(gram))
 
 
 def error_of(subject: Subject, method: str, options: Any, sparsity: Sparsity) -> float:

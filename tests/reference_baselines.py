@@ -7,7 +7,7 @@ released STBLLM, from what its code does): the ground truth of `test_baselines.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from reference import (
@@ -26,6 +26,7 @@ from reference import (
     quadratic,
     rank_columns,
     region_of,
+    round_scales,
     run_blocks,
     score,
     search_thresholds,
@@ -45,7 +46,9 @@ __all__ = [
     "arb_on_weights",
     "billm_linear",
     "published_rc",
+    "published_rc_linear",
     "released_linear",
+    "round_all_scales",
     "row_column_block",
     "sets_of_row",
 ]
@@ -219,6 +222,13 @@ class ArbReferenceBlock(ReferenceBlock):
     def dense(self) -> Floats:
         dense = super().dense()
         return dense if self.column_scales is None else dense * self.column_scales
+
+
+def round_all_scales(index: int, block: ReferenceBlock, target: Floats, metric: Floats) -> None:
+    """Store the scales of a block, and of its columns, in float16."""
+    round_scales(index, block, target, metric)
+    if isinstance(block, ArbReferenceBlock) and block.column_scales is not None:
+        block.column_scales = to_half(block.column_scales)
 
 
 @dataclass
@@ -402,10 +412,36 @@ def published_rc(weight: Floats, mask: Bools, order: int, iterations: int) -> Fl
             above = (alphas[o][:, None] * signs[o] * (w - others)).sum(axis=0)
             gammas[o] = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
         if order == 2:
-            for i, j in np.argwhere(mask):
-                pair = nearest_pair(w[i, j], alphas[0][i] * gammas[0][j], alphas[1][i] * gammas[1][j])
-                signs[0][i, j], signs[1][i, j] = pair
+            pairs = [(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)]  # as in `nearest_pair`
+            first, second = (np.outer(alpha, gamma) for alpha, gamma in zip(alphas, gammas, strict=True))
+            nearest = np.argmin([np.abs(w - s * first - t * second) for s, t in pairs], axis=0)
+            signs = [np.where(mask, np.array(pairs)[nearest, o], 0.0) for o in range(2)]
     return np.asarray(sum(np.outer(a, g) * s for a, g, s in zip(alphas, gammas, signs, strict=True)), dtype=np.float64)
+
+
+@dataclass
+class PublishedBlock(ReferenceBlock):
+    """A block of which only the values are known: the published ARB-RC has more numbers than `scales` has room for."""
+
+    values: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def dense(self) -> Floats:
+        return self.values
+
+
+def published_rc_linear(weight: Floats, gram: Floats, common: Blockwise, choices: ArbChoices) -> ReferenceLinear:
+    """ARB-LLM_RC with `published_rc` for every set of a block; its numbers are not rounded to float16."""
+
+    def one(before: Floats, columns: slice, upper: Floats, metric: Floats) -> ReferenceBlock:
+        current, keep = prune(before, columns, upper, weight, gram, common, choices.score, choices.prune_compensation)
+        sets = find_partition(current, keep, upper.diagonal(), common.salient_columns, choices)
+        values = sum(
+            (published_rc(current, mask, order, choices.iterations) for mask, order, _ in sets.sets()), 0 * current
+        )
+        unknown, none = np.zeros_like(keep), np.zeros((len(keep), 2 * sets.regions + 3))
+        return PublishedBlock(keep, unknown, 0 * sets.region, sets.salient, sets.regions, none, unknown, values)
+
+    return run_blocks(weight, gram, common, one)
 
 
 def arb_linear(weight: Floats, gram: Floats, common: Blockwise, choices: ArbChoices) -> ReferenceLinear:

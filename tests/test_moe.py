@@ -14,14 +14,17 @@ from checkpoints import Lines, interrupt_at, logits_of, stored_tensors
 from families import MOE_FAMILIES, save_model, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV4Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4Config, PreTrainedModel
 from transformers.models.aria.modeling_aria import AriaExperts, AriaTextConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
 import subbit
 from subbit import Recipe, UserError
+from subbit.binary.compensate import inverse_factor
+from subbit.binary.nm import Sparsity
 from subbit.calibration.gram import GramCollector
+from subbit.calibration.text import calibration_windows
 from subbit.methods import METHODS
 from subbit.models import source as source_module
 from subbit.models.experts import RoutedExperts, is_known_stack, split_experts
@@ -287,6 +290,57 @@ def test_every_method_compresses_experts(method: str, tiny: Tiny, recipe_for: Re
     subbit.compress(tiny("qwen3-moe"), recipe, tmp_path / "out")
     assert len(quantization(tmp_path / "out")["linears"]) == 4 + 12
     assert_loads_as_its_dense_equivalent(tiny("qwen3-moe"), tmp_path / "out")
+
+
+def routed_tokens(source: Path, recipe: Recipe) -> dict[int, Tensor]:
+    """What each expert of the first layer sees of the calibration text, by transformers' own model and router."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer, calibration = AutoTokenizer.from_pretrained(source), recipe.calibration
+    counts = calibration.samples, calibration.seq_len
+    windows, _ = calibration_windows(calibration.source, tokenizer, *counts, calibration.seed, lambda: model)
+    seen: dict[int, list[Tensor]] = {number: [] for number in range(4)}
+
+    def look(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        for number, parts in seen.items():
+            parts.append(args[0][(args[1] == number).any(-1)])
+
+    model.get_submodule("model.layers.0.mlp.experts").register_forward_pre_hook(look)
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    return {number: torch.cat(parts) for number, parts in seen.items()}
+
+
+@pytest.mark.parametrize("method", ["stbllm", "pbs2p"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_every_expert_is_fitted_to_its_own_tokens(
+    family: str, method: str, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    """From 3-D parameters: the method's result on the tokens that the router gave the expert, and on no others."""
+    source, out = save_stacked(family, tmp_path / "source"), tmp_path / "out"
+    calibration = {"clip_norm": 0.0, "min_expert_tokens": 0.0}
+    recipe = recipe_for(method, calibration=calibration, allocation={"kind": "uniform"})
+    subbit.compress(source, recipe, out)
+    seen, known = routed_tokens(source, recipe), METHODS[method]
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    log = [json.loads(line) for line in (out / "subbit_log.jsonl").read_text().splitlines()]
+    counts = {entry["name"]: entry["tokens"] for entry in log if entry["event"] == "linear"}
+    stored, linears = stored_tensors(out), quantization(out)["linears"]
+
+    def from_tokens_of(number: int, weight: Tensor) -> Tensor:
+        gram = gram_of(seen[number]) / len(seen[number])
+        factor = inverse_factor(gram, recipe.options.damping)
+        return known.run(weight, gram, factor, Sparsity.parse(recipe.sparsity), recipe.options).dense()
+
+    for number, tokens in seen.items():
+        name = f"model.layers.0.mlp.experts.{number}.up_proj"
+        weight, spec = place_of(dense, name), read_spec(linears[name])
+        result = spec.unpack({key: stored[f"{name}.{key}"] for key in spec.tensors()}).dense()
+        assert counts[name] == len(tokens) > 0
+        own, other = from_tokens_of(number, weight), from_tokens_of((number + 1) % 4, weight)
+        # Rounding in the Gram may move a scale to the next float16 number, rarely a weight across a threshold.
+        assert float(torch.isclose(result, own, rtol=2e-3).float().mean()) > 0.995
+        assert float(torch.isclose(result, other, rtol=2e-3).float().mean()) < 0.9
 
 
 def test_experts_from_3d_parameters_become_the_same_files(recipe_for: Recipes, tmp_path: Path) -> None:

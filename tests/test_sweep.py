@@ -30,6 +30,7 @@ from commands import Run, assert_one_line
 
 import subbit
 from subbit import Recipe, UserError
+from subbit.binary.nm import Sparsity
 from subbit.comparison import sweep as sweep_module
 from subbit.comparison import worker
 from subbit.comparison.entries import (
@@ -809,7 +810,10 @@ def test_sweep_and_compare_on_the_command_line(pretend: Pretended, run: Run, tex
 
 
 def benchmark(name: str) -> ModuleType:
-    """A script of the folder benchmarks as a module."""
+    """A script of the folder benchmarks as a module; they import each other as scripts of one folder do."""
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -846,6 +850,67 @@ def test_method_speed_measures_and_finds_the_growth() -> None:
     ]
     assert all(0 < row["output_error"] < 1 for row in grown if row["method"] != "inverse factor")
     assert [row["growth"] is None for row in grown] == [True] * 3 + [False] * 3
+    assert all(row["peak_bytes"] >= row["bytes_before"] > 0 for row in grown)
+    assert speed.bars_met(grown) == {}
+    slow = [{"method": name, "size": 4096, "seconds": 31.0} for name in ("inverse factor", "stbllm", "billm")]
+    assert {name: bar["met"] for name, bar in speed.bars_met(slow).items()} == {"stbllm": True, "billm": False}
+
+
+def test_real_linears_keep_their_statistics(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """In a file that says what they are of; clipped and unclipped Grams are of the same tokens."""
+    real, kept = benchmark("real_linears"), tmp_path / "grams.safetensors"
+
+    def linears(*more: str) -> Any:
+        parser = argparse.ArgumentParser()
+        real.add_arguments(parser)
+        names = ["--linears", "0.k_proj", "2.down_proj", "--statistics", str(kept)]
+        counts = ["--samples", "2", "--seq-len", "32", "--calibration", str(text_file)]
+        with torch.inference_mode():
+            return real.real_linears(parser.parse_args([str(tiny("llama-gqa")), *counts, *names, *more]), [0.0, 1.0])
+
+    first, again = linears(), linears()
+    assert [(one.name, tuple(one.weight.shape)) for one in first] == [
+        ("0.k_proj", (32, 64)),
+        ("2.down_proj", (64, 128)),
+    ]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.grams[1.0], other.grams[1.0])
+        assert float(one.grams[1.0].trace()) < float(one.grams[0.0].trace())
+    with pytest.raises(SystemExit, match="other arguments"):
+        linears("--samples", "3")
+
+
+def test_errors_against_the_literal_code(tmp_path: Path) -> None:
+    """At the same setting they agree, and a run goes on where it was."""
+    literal, claims = benchmark("literal_error"), benchmark("order_claims")
+    linear = claims.synthetic_linear("inputs", 0)
+    weight, gram = linear.weight[:8, :128], linear.grams[0.0][:128, :128]
+    for name in ("billm", "stbllm 4:8", "arb x"):
+        found = literal.compare(weight, gram, literal.CASES[name])
+        assert 0 < found["ours"] < 1
+        assert found["as_written"] == pytest.approx(found["literal"], rel=1e-3)
+    args = argparse.Namespace(json=tmp_path / "literal.json", rows=8, cases=["billm"], statistics=None)
+    results = {"billm": {"0.k_proj": {"literal": 0.2, "as_written": 0.22, "ours": 0.1}}, "arb x": {}}
+    literal.write(args, results)
+    assert literal.read(args) == results
+    assert json.loads(args.json.read_text())["summary"]["billm"]["as_written_at_worst"] == pytest.approx(0.1)
+    with pytest.raises(SystemExit, match="other arguments"):
+        literal.read(argparse.Namespace(**{**vars(args), "rows": 9}))
+
+
+def test_the_orders_that_are_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every claim in each of its settings; steps change nothing unless scores are taken again."""
+    claims = benchmark("order_claims")
+    monkeypatch.setattr(claims, "ROWS", 16)
+    monkeypatch.setattr(claims, "COLUMNS", 128)
+    linears = [claims.synthetic_linear("plain", seed) for seed in range(2)]
+    rows = [row for linear in linears for row in claims.claims_of(linear, 0.0, Sparsity(4, 8))]
+    table = claims.summary(rows)
+    assert len(table) == sum(len(claim.settings) for claim in claims.CLAIMS)
+    assert all(row["linears"] == 2 and 0 < row["better"] < 1 for row in table)
+    [steps] = [row for row in table if row["claim"].endswith("at once") and row["setting"] == "written"]
+    assert (steps["equal"], steps["holds"]) == (2, 0)
 
 
 def test_the_published_numbers_fit_together() -> None:
