@@ -396,6 +396,10 @@ def test_eval_of_wikitext2(run: Run, finished: Path, data_root: Path, monkeypatc
     measured = json.loads(ran.out)["perplexity"]["wikitext2"]
     assert measured["split"] == "test"
     assert measured["windows"] == 2
+    again = json.loads(run("eval", finished, "--seq-len", 64, "--max-windows", 2, "--json", "--unpack").out)
+    unpacked = again["perplexity"]["wikitext2"]
+    assert unpacked["value"] == pytest.approx(measured["value"], rel=1e-5)
+    assert unpacked["backend"] == "dense (torch)" != measured["backend"]
 
 
 def test_resume_and_overwrite_from_the_command_line(run: Run, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ from subbit.comparison.results import read_results, record
 from subbit.comparison.rows import read_sections
 from subbit.comparison.tables import change, markdown, short
 from subbit.comparison.tasks import Task, facts_file, read_facts, save_facts
-from subbit.comparison.worker import unpack_linears
 from subbit.effort import EFFORTS
 from subbit.evaluation.record import Measurement, record_evaluation
 from subbit.loading import load_any
 from subbit.models.source import model_digest, open_source
 from subbit.process import how_it_ended
+from subbit.runtime.linear import unpack_linears
 
 Tiny = Callable[[str], Path]
 RecipeFor = Callable[..., Recipe]
@@ -498,7 +498,7 @@ def test_unpacked_linears_compute_the_same(checkpoint_of: Callable[..., Path]) -
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         packed = model(ids).logits
-        unpack_linears(model)
+        unpack_linears(model, torch.float32)
         assert not any(type(module).__name__ == "SubbitLinear" for module in model.modules())
         torch.testing.assert_close(model(ids).logits, packed, rtol=1e-4, atol=1e-4)
 

@@ -126,6 +126,10 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help=f"Comma-separated zero-shot tasks, or all: {', '.join(TASKS)}.")] = "",
     limit: Annotated[int | None, typer.Option(help="Only so many items from the start of each task.")] = None,
     batch_size: Annotated[str, typer.Option(help="Sequences of a task that run together; auto: by memory.")] = "auto",
+    unpack: Annotated[
+        bool,
+        typer.Option("--unpack", help="Decode once, not at every use: faster without kernels, more memory."),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -156,6 +160,7 @@ def evaluate(
         tasks=names,
         limit=limit,
         batch_size=read_batch_size(batch_size),
+        unpack=unpack,
         dtype=read_dtype(dtype),
         device=str(pick_device(device)),
         trust_remote_code=trust_remote_code,

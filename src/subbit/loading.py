@@ -20,6 +20,7 @@ from subbit.packing.accounting import BitCount, LinearCount
 from subbit.packing.spec import LinearSpec
 from subbit.progress import Progress
 from subbit.runtime.dispatch import choose
+from subbit.runtime.linear import unpack_linears
 
 __all__ = ["evaluate", "inspect", "load"]
 
@@ -57,10 +58,20 @@ class OpenedModel:
         """UserError when it is missing or damaged."""
         return self.source.tokenizer() if self.source else read_tokenizer(self.path, self.trust_remote_code)
 
-    def load(self, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model in eval mode, and its tokenizer."""
+    def load(
+        self, dtype: torch.dtype, device: str = "cpu", unpack: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in eval mode, and its tokenizer.
+
+        Args:
+            unpack: decode packed linears now instead of at every use: faster without kernels, but as large as the
+                dense model.
+        """
         if self.source is None:
-            return load(self.path, dtype, device, self.trust_remote_code)
+            model, tokenizer = load(self.path, dtype, device, self.trust_remote_code)
+            if unpack:
+                unpack_linears(model, dtype)
+            return model, tokenizer
         tokenizer = self.source.tokenizer()
         return self.source.load_model(dtype).to(device), tokenizer
 

@@ -23,14 +23,13 @@ from subbit.comparison.tasks import Task, read_facts, save_facts
 from subbit.device import pick_device
 from subbit.errors import UserError
 from subbit.evaluation.perplexity import evaluate_perplexity
-from subbit.loading import load_any
+from subbit.loading import open_any
 from subbit.models.layout import find_layout, layer_linears
 from subbit.models.source import model_digest, open_source
 from subbit.pipeline import compress
 from subbit.process import environment, peak_bytes, read_job
 from subbit.progress import ConsoleProgress
 from subbit.recipe import Recipe
-from subbit.runtime.linear import SubbitLinear
 
 __all__ = ["KINDS", "main"]
 
@@ -126,11 +125,8 @@ def evaluate_entry(task: Task) -> None:
     if not missing:
         return
     device = str(pick_device(task.device))
-    model, tokenizer = load_any(
-        task.checkpoint or task.model, getattr(torch, protocol.dtype), device, task.trust_remote_code
-    )
-    if task.unpack:
-        unpack_linears(model)
+    opened = open_any(task.checkpoint or task.model, task.trust_remote_code)
+    model, tokenizer = opened.load(getattr(torch, protocol.dtype), device, task.unpack)
     for dataset in missing:
         with progress.stage(f"perplexity on {dataset}") as report:
             result = evaluate_perplexity(
@@ -147,18 +143,6 @@ def evaluate_entry(task: Task) -> None:
         facts["value"] = result.value if math.isfinite(result.value) else None  # JSON has no infinity; nll has it all
         measured[dataset_key(dataset, protocol)] = facts
         save_facts(task, perplexity=measured)
-
-
-def unpack_linears(model: transformers.PreTrainedModel) -> None:
-    """Put the dense matrix of every packed linear in its place: the same numbers up to rounding, in one product."""
-    for name, module in list(model.named_modules()):
-        if type(module) is SubbitLinear:
-            with torch.device("meta"):
-                dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-            weight = module.spec.decode_rows(module.packed()).to(model.dtype)
-            dense.weight = torch.nn.Parameter(weight, requires_grad=False)
-            dense.register_parameter("bias", module._parameters["bias"])
-            model.set_submodule(name, dense)
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------

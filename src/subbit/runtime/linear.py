@@ -15,7 +15,7 @@ from subbit.runtime import native
 from subbit.runtime.dispatch import choose
 from subbit.runtime.reference import packed_linear
 
-__all__ = ["PackedModule", "SubbitLinear"]
+__all__ = ["PackedModule", "SubbitLinear", "unpack_linears"]
 
 
 PREPARING = Lock()
@@ -151,3 +151,15 @@ class SubbitLinear(PackedModule):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, {self.spec.label}, bias={self.bias is not None}"
+
+
+def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the dense matrix of every packed linear in its place: the same numbers up to rounding, in one product."""
+    for name, module in list(model.named_modules()):
+        if type(module) is SubbitLinear:
+            with torch.device("meta"):
+                dense = nn.Linear(module.in_features, module.out_features, bias=False)
+            weight = module.spec.decode_rows(module.packed()).to(dtype)
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            dense.register_parameter("bias", module._parameters["bias"])
+            model.set_submodule(name, dense)
