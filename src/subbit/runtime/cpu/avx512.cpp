@@ -62,20 +62,75 @@ inline __m512i to_grid(__m512 x, __m512 inverse, int zero) {
 }
 inline void store_256(uint8_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 
-// Both planes of a table of 64.
-template <int columns>
-inline void put_folded(const float* x, __m512 inverse, const Entries<columns>& entries, uint8_t* table) {
-    __m512 sums[4] = {};
-    for (int j = 0; j < columns; j++) {
-        const __m512 a = _mm512_set1_ps(x[j]);
-        for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(entries.weights[j] + 16 * i), sums[i]);
-    }
+// Where entry e of a table of 64 is in four vectors of floats, so that packing them leaves the bytes in order.
+constexpr int packed_at(int e) { return e % 16 / 4 * 16 + e / 16 * 4 + e % 4; }
+
+// Both planes of a table of 64 from its entries in this order, already in steps of the grid.
+inline void put_table(const __m512 (&entries)[4], uint8_t* table) {
+    constexpr auto radix = static_cast<short>(kFoldedGrid.radix), multiplier = static_cast<short>((1 << 22) / radix + 1);
+    __m512i low[2], high[2];
     for (int i = 0; i < 2; i++) {
-        const __m512i first = to_grid(sums[2 * i], inverse, kFoldedGrid.zero);
-        const Bytes bytes = Bytes::of<kFoldedGrid.radix>(first, to_grid(sums[2 * i + 1], inverse, kFoldedGrid.zero));
-        store_256(table + 32 * i, bytes.low);
-        store_256(table + 64 + 32 * i, bytes.high);
+        const __m512i first = _mm512_cvtps_epi32(entries[2 * i]), second = _mm512_cvtps_epi32(entries[2 * i + 1]);
+        const __m512i values = _mm512_add_epi16(_mm512_packs_epi32(first, second), _mm512_set1_epi16(kFoldedGrid.zero));
+        high[i] = _mm512_srli_epi16(_mm512_mulhi_epu16(values, _mm512_set1_epi16(multiplier)), 6);
+        low[i] = _mm512_sub_epi16(values, _mm512_mullo_epi16(high[i], _mm512_set1_epi16(radix)));
     }
+    _mm512_storeu_si512(table, _mm512_packus_epi16(low[0], low[1]));
+    _mm512_storeu_si512(table + 64, _mm512_packus_epi16(high[0], high[1]));
+}
+
+// Two columns and their signs, for every entry of six and seven.
+struct Pairs {
+    int columns[2][64];
+    float signs[2][64];
+};
+constexpr Pairs make_pairs(const Entries<8>& entries) {
+    Pairs pairs{};
+    for (int e = 0; e < 64; e++) {
+        int count = 0;
+        for (int j = 0; j < 8; j++) {
+            if (entries.weights[j][e] == 0) continue;
+            pairs.columns[count][packed_at(e)] = j;
+            pairs.signs[count++][packed_at(e)] = entries.weights[j][e];
+        }
+    }
+    return pairs;
+}
+constexpr Pairs kSixPairs = make_pairs(kSix), kSevenPairs = make_pairs(kSeven);
+
+constexpr Entries<4> pack_order(const Entries<4>& entries) {
+    Entries<4> packed{};
+    for (int j = 0; j < 4; j++) {
+        for (int e = 0; e < 64; e++) packed.weights[j][packed_at(e)] = entries.weights[j][e];
+    }
+    return packed;
+}
+constexpr Entries<4> kPackedHalf = pack_order(kHalf);
+
+template <Layout layout>
+inline void put_pairs(const float* x, __m512 inverse, uint8_t* table) {
+    constexpr const Pairs& pairs = layout == Layout::six ? kSixPairs : kSevenPairs;
+    const __m512 scaled = _mm512_mul_ps(inverse, _mm512_broadcast_f32x8(_mm256_loadu_ps(x)));
+    __m512 sums[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512 left = _mm512_permutexvar_ps(load(pairs.columns[0] + 16 * i), scaled);
+        const __m512 right = _mm512_permutexvar_ps(load(pairs.columns[1] + 16 * i), scaled);
+        // Of seven, the left one is positive.
+        sums[i] = layout == Layout::six ? _mm512_mul_ps(left, _mm512_loadu_ps(pairs.signs[0] + 16 * i)) : left;
+        sums[i] = _mm512_fmadd_ps(right, _mm512_loadu_ps(pairs.signs[1] + 16 * i), sums[i]);
+    }
+    put_table(sums, table);
+}
+
+inline void put_half(const float* x, __m512 inverse, uint8_t* table) {
+    __m512 sums[4] = {};
+    for (int j = 0; j < 4; j++) {
+        const __m512 a = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
+        for (int i = 0; i < 4; i++) {
+            sums[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(kPackedHalf.weights[j] + 16 * i), sums[i]);
+        }
+    }
+    put_table(sums, table);
 }
 
 inline float largest_of(const float* x, int count) {
@@ -104,10 +159,10 @@ float build_folded(const float* x, int groups, uint8_t* tables) {
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += of(layout).table_bytes) {
         if (halves) {
-            put_folded(x, inverse, kHalf, tables);
-            put_folded(x + 4, inverse, kHalf, tables + 128);
+            put_half(x, inverse, tables);
+            put_half(x + 4, inverse, tables + 128);
         } else {
-            put_folded(x, inverse, layout == Layout::six ? kSix : kSeven, tables);
+            put_pairs<layout>(x, inverse, tables);
         }
     }
     return largest / limit;
