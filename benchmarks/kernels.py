@@ -135,9 +135,9 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
         weights = [weight.to(dtype, copy=True) for _ in range(copies)]
         contenders[name] = Contender(dense_call(inputs.to(dtype), weights), copies)
-    # After torch's: what comes next after its bfloat16 product is a fifth slower for a while.
     memory = [native.zeros(chunk).fill_(1) for _ in range(copies)]
-    contenders["memory"] = Contender(lambda i: native.read_memory(memory[i]), copies)
+    for name in ("pause", "memory"):  # what comes next after torch's bfloat16 product is a fifth slower for a while
+        contenders[name] = Contender(lambda i: native.read_memory(memory[i]), copies)
     errors = {}
     for kind, (spec, packed) in linears.items():
         errors[kind] = error_of(spec, packed, generator)

@@ -275,6 +275,18 @@ def test_memory(n: int, m: int, isa: str) -> None:
     assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))
 
 
+def test_linears_share_pages() -> None:
+    """They lie one after the other in zeroed memory, and each has a storage of its own."""
+    for count in (1, 100, 3 << 20, 40 << 20):
+        one, other = native.zeros(count), native.zeros(count)
+        assert not one.any()
+        assert not other.any()
+        one.fill_(1)
+        assert not other.any()
+        assert one.data_ptr() % 64 == 0
+        assert one.untyped_storage().nbytes() == count
+
+
 # --- the module ---------------------------------------------------------------------------------------------------
 
 

@@ -227,8 +227,11 @@ template <Layout layout, int half>
             const __m256i index[3] = {half_bytes<layout>(mine, 0, j), half_bytes<layout>(mine, 1, j),
                                       half_bytes<layout>(mine, 2, j)};
             const auto sum = [&](int plane) {
-                const auto entry = [&](int k, int table) { return _mm256_shuffle_epi8(load_table(tables + table + plane), index[k]); };
-                const __m256i s = layout == Layout::quad ? _mm256_blendv_epi8(entry(2, 64), entry(2, 96), bits) : entry(2, 64);
+                const auto entry = [&](int k, int table) {
+                    return _mm256_shuffle_epi8(load_table(tables + table + plane), index[k]);
+                };
+                __m256i s = entry(2, 64);
+                if (layout == Layout::quad) s = _mm256_blendv_epi8(s, entry(2, 96), bits);
                 return _mm256_add_epi8(_mm256_add_epi8(entry(0, 0), entry(1, 32)), s);
             };
             low.add(sum(0));
@@ -348,7 +351,8 @@ struct RowGrids {
             zeros = _mm256_add_ps(zeros, _mm256_loadu_ps(products));
             return;
         }
-        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(matrix.scales + at)));
+        const auto* halves = reinterpret_cast<const __m128i*>(matrix.scales + at);
+        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
         const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x8000)), 16);
         const __m256i size = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
         const __m256 scales = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p112F));
@@ -374,7 +378,8 @@ void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, 
             const int some = groups - from < 8 ? groups - from : 8;
             grid.next(matrix, inputs, grids + from, from, some);
             for (int group = from; group < from + some; group++) {
-                const int columns = size ? size : std::min(matrix.group_size, matrix.columns - group * matrix.group_size);
+                const int left = matrix.columns - group * matrix.group_size;
+                const int columns = size ? size : std::min(matrix.group_size, left);
                 __m256i sum = _mm256_setzero_si256();
                 fetch(codes);
                 SUBBIT_UNROLLED

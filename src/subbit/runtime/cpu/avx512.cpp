@@ -333,9 +333,9 @@ inline void add_five(const uint8_t* codes, const uint8_t* tables, int groups, Pl
             for (int j = 0; j < 8; j += 2) {
                 fetch_part<kFiveBytes / 64>(codes, j), fetch_part<kFiveBytes / 64>(codes, j + 1);
                 const auto sum = [&](int plane) {
-                    const __m512i left = load_half(tables + 64 * j + plane), right = load_half(tables + 64 * (j + 1) + plane);
-                    return _mm512_add_epi8(_mm512_permutexvar_epi8(index[j], left),
-                                           _mm512_permutexvar_epi8(index[j + 1], right));
+                    const uint8_t* table = tables + 64 * j + plane;
+                    return _mm512_add_epi8(_mm512_permutexvar_epi8(index[j], load_half(table)),
+                                           _mm512_permutexvar_epi8(index[j + 1], load_half(table + 64)));
                 };
                 sums.low.add(sum(0));
                 sums.high.add(sum(32));

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -374,7 +375,8 @@ void Product::run() {
         const int first = part * together, count = std::min(together, batch - first);
         auto& counter = next[static_cast<size_t>(part)];
         int block = counter.fetch_add(1);
-        const uint8_t* codes = buffer + shape.chunk_at(std::min(block * kBlockTiles, shape.tiles() - 1), 0);
+        if (block >= shape.blocks()) continue;  // the others were faster
+        const uint8_t* codes = buffer + shape.chunk_at(block * kBlockTiles, 0);
         for (int i = 0; i < count; i++) {
             scaled_inputs(*this, first + i, groups * columns, values.data());
             for (int chunk = 0; chunk < chunks; chunk++) {
@@ -396,7 +398,8 @@ void Product::run_block(int block, int first, int count, const uint8_t* tables, 
     const int groups = shape.groups(), tile = block * kBlockTiles, tiles = std::min(kBlockTiles, shape.tiles() - tile);
     constexpr ptrdiff_t rows = kBlockTiles * kTileRows;
     std::fill_n(sums, count * rows, 0.0F);
-    for (int i = 0; i < count; i++) fetch_outputs(tile * kTileRows, std::min(tiles * kTileRows, shape.rows - tile * kTileRows), first + i);
+    const int first_row = tile * kTileRows, some = std::min(tiles * kTileRows, shape.rows - first_row);
+    for (int i = 0; i < count; i++) fetch_outputs(first_row, some, first + i);
     for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
         const uint8_t* codes = buffer + shape.chunk_at(tile, chunk);
         for (int i = 0; i < count; i++) {
@@ -474,7 +477,7 @@ std::vector<Field> fields_of(Layout layout, int group) {
         if (group < 5) fields.push_back({shift, 5, at + 64 * group, 0, bytes});
         if (group >= 5) fields.push_back({shift, 3, pair, 5, bytes});
         if (group == 5 || group == 6) fields.push_back({shift + 3, 2, pair + 64, 5, bytes});
-        if (group == 7) fields.insert(fields.end(), {{shift + 3, 1, at + 64, 7, bytes}, {shift + 4, 1, at + 192, 7, bytes}});
+        for (int i = 0; group == 7 && i < 2; i++) fields.push_back({shift + 3 + i, 1, at + 64 + 128 * i, 7, bytes});
     }
     if (is_five(layout)) return fields;
     for (int k = 0; k < entries; k++)
@@ -532,7 +535,9 @@ size_t Shape::column_scales_at() const {
     return static_cast<size_t>(tiles()) * (tile_bytes() + kScalesOfTile);
 }
 
-size_t Shape::bytes() const { return column_scales_at() + (column_scales ? sizeof(float) * static_cast<size_t>(columns) : 0); }
+size_t Shape::bytes() const {
+    return column_scales_at() + (column_scales ? sizeof(float) * static_cast<size_t>(columns) : 0);
+}
 
 namespace {
 
@@ -582,9 +587,10 @@ int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales
     on_team(threads, [](void* data) { static_cast<Repacking*>(data)->run(); }, &repacking);
     if (shape.layout() == Layout::generic)
         std::memcpy(buffer, codes, static_cast<size_t>(shape.rows) * shape.file_row_bytes());
-    for (int row = 0; row < shape.rows; row++) std::memcpy(buffer + shape.row_scale_at(row), row_scales + row, sizeof(float));
+    constexpr size_t size = sizeof(float);
+    for (int row = 0; row < shape.rows; row++) std::memcpy(buffer + shape.row_scale_at(row), row_scales + row, size);
     if (shape.column_scales)
-        std::memcpy(buffer + shape.column_scales_at(), column_scales, sizeof(float) * static_cast<size_t>(shape.columns));
+        std::memcpy(buffer + shape.column_scales_at(), column_scales, size * static_cast<size_t>(shape.columns));
     return repacking.wrong;
 }
 
@@ -651,8 +657,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
     const auto work = shape.column_scales_at() * static_cast<size_t>(batch) / kWorkOfThread;
     threads = std::min({threads, generic ? shape.tiles() : shape.blocks(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
-    Product product{kernels, shape,    buffer,  inputs, batch, bias,
-                    outputs, together, std::vector<std::atomic<int>>(static_cast<size_t>((batch + together - 1) / together))};
+    std::vector<std::atomic<int>> counters(static_cast<size_t>((batch + together - 1) / together));
+    Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, std::move(counters)};
     on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Product*>(data);
