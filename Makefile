@@ -27,7 +27,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
 
-# The native kernels under the sanitizers, about two minutes; needs gcc or clang.
+# The native kernels under the sanitizers, under a minute on two cores; needs gcc or clang.
 sanitize: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/sanitize.sh
 

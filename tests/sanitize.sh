@@ -4,6 +4,7 @@
 # make sanitize, or PYTHON=.venv/bin/python tests/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v "${CXX:-c++}" >/dev/null || { echo "no C++ compiler: no kernels to check"; exit; }
 python=$(command -v "${PYTHON:-python}")
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # absolute, but not what a link in an environment leads to
 export PATH="$(dirname "$python"):$PATH"  # its cmake and ninja
