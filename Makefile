@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORK ?= work
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart test test-slow sanitize lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ test: $(VENV)/installed
 # The slow ones: minutes each, on the real model.
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+# The native kernels under the sanitizers, under a minute on two cores; needs gcc or clang.
+sanitize: $(VENV)/installed
+	PYTHON=$(BIN)/python tests/sanitize.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # The native kernels under the address and undefined-behaviour sanitizers: builds an instrumented extension in a copy of
-# the sources and runs tests/test_native.py on it. Needs gcc (or CXX=clang++) and an environment with the dev extra,
-# nanobind, cmake and ninja:  PYTHON=.venv/bin/python tests/sanitize.sh
+# the sources and runs tests/test_native.py on it. Needs gcc (or CXX=clang++) and an environment with the dev extra:
+# make sanitize, or PYTHON=.venv/bin/python tests/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+command -v "${CXX:-c++}" >/dev/null || { echo "no C++ compiler: no kernels to check"; exit; }
+python=$(command -v "${PYTHON:-python}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # absolute, but not what a link in an environment leads to
+export PATH="$(dirname "$python"):$PATH"  # its cmake and ninja
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 cp -r src tests pyproject.toml "$work"
 rm -f "$work"/src/subbit/runtime/_native*.so
 cmake -S . -B "$work/build" -DSUBBIT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-    -DPython_EXECUTABLE="$(command -v "$python")" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)"
+    -DPython_EXECUTABLE="$python" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)"
 cmake --build "$work/build" --parallel
 cp "$work"/build/_native*.so "$work/src/subbit/runtime/"
 

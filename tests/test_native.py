@@ -33,7 +33,7 @@ from subbit.runtime.reference import packed_linear
 
 pytestmark = pytest.mark.skipif(native.reason_missing() is not None, reason=str(native.reason_missing()))
 
-FAST = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8), (2, 16), (3, 16)]
+FAST = [(1, 4), (1, 8), (2, 8), (3, 8), (4, 8), (1, 16), (2, 16), (3, 16)]
 EVERY_NM = [*FAST, (2, 4), (4, 16)]
 BOUND = 2e-3  # of the relative error of a product, outlier channels included
 
@@ -148,7 +148,10 @@ def test_large_batches(n: int, m: int, batch: int, isa: str) -> None:
 
 @pytest.mark.parametrize(("n", "m"), FAST)
 def test_variants_agree(n: int, m: int) -> None:
-    """Of the same tables, the same integer sums, but for an entry that is rounded the other way now and then."""
+    """Of the same tables, the same integer sums, but for an entry that is rounded the other way now and then.
+
+    Of tables of another size or, for N:16, on another grid, nearly the same.
+    """
     linear = random_linear(n, m, 130, 1000 // m * m, seed=3)
     inputs = torch.randn(3, linear.shape[1], generator=torch.Generator().manual_seed(3))
     outputs = {}
@@ -159,7 +162,7 @@ def test_variants_agree(n: int, m: int) -> None:
     native.use(None)
     for size, output in outputs.values():
         expected_size, expected = outputs["portable"]
-        assert relative_error(output, expected.double()) < (1e-4 if size == expected_size else 5e-4)
+        assert relative_error(output, expected.double()) < (1e-4 if size == expected_size and m != 16 else 5e-4)
 
 
 @pytest.mark.parametrize(("n", "m"), EVERY_NM)
@@ -272,6 +275,18 @@ def test_memory(n: int, m: int, isa: str) -> None:
     assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))
 
 
+def test_linears_share_pages() -> None:
+    """They lie one after the other in zeroed memory, and each has a storage of its own."""
+    for count in (1, 100, 3 << 20, 40 << 20):
+        one, other = native.zeros(count), native.zeros(count)
+        assert not one.any()
+        assert not other.any()
+        one.fill_(1)
+        assert not other.any()
+        assert one.data_ptr() % 64 == 0
+        assert one.untyped_storage().nbytes() == count
+
+
 # --- the module ---------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +354,9 @@ def test_compile_and_export() -> None:
     fresh = torch.compile(module_of(random_linear(2, 8, 70, 128, seed=13), torch.ones(70)), backend="eager")
     assert torch.equal(fresh(inputs), expected)  # prepared while it is being compiled
     torch.library.opcheck(
-        torch.ops.subbit.linear.default, (inputs, module.prepare(), module.bias, 70, 2, 8, True), raise_exception=True
+        torch.ops.subbit.linear.default,
+        (inputs, module.prepare().packed, module.bias, 70, 2, 8, True),
+        raise_exception=True,
     )
 
 

@@ -14,18 +14,19 @@ def use_large_pages(bytes: int, count: int) -> None: ...
 def repack(shape: Shape, codes: int, row_scales: int, column_scales: int, buffer: int, threads: int) -> int: ...
 def unpack(shape: Shape, buffer: int, codes: int) -> None: ...
 def decode(shape: Shape, buffer: int, first_row: int, rows: int, weights: int) -> None: ...
-def multiply(
-    kernels: Kernels,
-    shape: Shape,
-    buffer: int,
-    inputs: int,
-    bfloat16: bool,
-    batch: int,
-    bias: int,
-    bfloat16_bias: bool,
-    outputs: int,
-    threads: int,
-) -> None: ...
+
+class Linear:
+    def __init__(self, kernels: Kernels, shape: Shape, buffer: int) -> None: ...
+    def multiply(
+        self,
+        inputs: int,
+        bfloat16: bool,
+        batch: int,
+        bias: int,
+        bfloat16_bias: bool,
+        outputs: int,
+        threads: int,
+    ) -> None: ...
 
 class RowMatrix:
     def __init__(

@@ -80,7 +80,7 @@ class SubbitLinear(PackedModule):
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.register_parameter("bias", bias)
-        self._native: Tensor | None = None  # no buffer: nothing may save or cast it
+        self._native: native.Product | None = None  # no buffer: nothing may save or cast it
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) → (..., out), dtype of ``inputs``."""
@@ -90,15 +90,16 @@ class SubbitLinear(PackedModule):
             if choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name != "native":
                 return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
             kept = self.prepare()
-        return native.linear(inputs, codes_spec(self.spec), kept, self._parameters["bias"])
+        return kept(inputs, self._parameters["bias"])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def prepare(self) -> Tensor:
+    def prepare(self) -> native.Product:
         """The weight as the native kernels read it, made if need be; CheckpointError as in :func:`native.repack`."""
         with PREPARING:
             codes = self.get_buffer("codes")
             if self._native is None or codes.numel():
-                self._native = native.repack(codes_spec(self.spec), super().packed())
+                spec = codes_spec(self.spec)
+                self._native = native.Product.of(spec, native.repack(spec, super().packed()))
                 self._buffers["codes"] = codes.new_empty(0)
             return self._native
 
@@ -113,13 +114,13 @@ class SubbitLinear(PackedModule):
     @property
     def weight_bytes(self) -> int:
         """Bytes in memory of what a product reads."""
-        return super().weight_bytes if self._native is None else self._native.nbytes
+        return super().weight_bytes if self._native is None else self._native.packed.nbytes
 
     def packed(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         tensors = super().packed()
         if self._native is not None and not tensors["codes"].numel():
-            tensors["codes"] = native.stored_codes(codes_spec(self.spec), self._native)
+            tensors["codes"] = native.stored_codes(codes_spec(self.spec), self._native.packed)
         return tensors
 
     def release(self) -> None:
@@ -129,7 +130,7 @@ class SubbitLinear(PackedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The order of the kernels stays through casts, and through a move to where the linear is already.
-        if self._native is not None and fn(self._native.new_empty(0)).device.type != "cpu":
+        if self._native is not None and fn(self._native.packed.new_empty(0)).device.type != "cpu":
             self.release()
         return super()._apply(fn, recurse)
 

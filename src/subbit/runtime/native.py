@@ -11,9 +11,10 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ else:
 
 __all__ = [
     "DTYPES",
+    "Product",
     "decode",
     "is_fast",
     "linear",
@@ -79,7 +81,7 @@ def supports_rows(spec: EmbeddingSpec) -> bool:
 
 def is_fast(n: int, m: int) -> bool:
     """Whether the kernel of N:M looks a vector of rows up at a time; the others take one codeword after the other."""
-    return m == 8 or (n, m) in ((1, 4), (2, 16), (3, 16))
+    return m == 8 or (n, m) in ((1, 4), (1, 16), (2, 16), (3, 16))
 
 
 def variants() -> list[str]:
@@ -149,10 +151,41 @@ def shape_of_spec(spec: CodesSpec) -> _native.Shape:
     return shape_of(spec.out_features, spec.in_features, spec.n, spec.m, spec.has_column_scales)
 
 
+class Region:
+    """Memory that small tensors lie in one after the other, because a page of 2 MiB holds several of them."""
+
+    SIZE, PAGE = 32 << 20, 2 << 20
+
+    def __init__(self, size: int) -> None:
+        self.memory = torch.empty(size + self.PAGE, dtype=torch.uint8)  # what is not written takes no memory
+        self.used, self.end = -address(self.memory) % self.PAGE, self.memory.numel()
+        _native.use_large_pages(address(self.memory) + self.used, size)
+
+    def take(self, count: int) -> Tensor | None:
+        """The next (count,), which nobody has written; None if there are not as many."""
+        start = self.used
+        if count > self.end - start:
+            return None
+        self.used += -(-count // 64) * 64
+        # Through NumPy, so that its storage is these bytes alone: saving it does not save its neighbours.
+        return torch.from_numpy(self.memory.numpy()[start : start + count])
+
+
+_region: Region | None = None
+_region_lock = Lock()
+
+
 def zeros(count: int) -> Tensor:
     """(count,) uint8 in memory that is fast to read from end to end."""
-    tensor = torch.empty(count, dtype=torch.uint8)
-    _native.use_large_pages(address(tensor), count)
+    global _region
+    with _region_lock:
+        tensor = _region.take(count) if _region else None
+        if tensor is None:
+            region = Region(max(count, Region.SIZE))
+            tensor = region.take(count)
+            if count < Region.SIZE:
+                _region = region
+    assert tensor is not None
     return tensor.zero_()
 
 
@@ -216,21 +249,48 @@ library.define(
 )
 
 
+class Product:
+    """A linear that :func:`repack` prepared, to be called with inputs: (..., in) → (..., out) in their dtype.
+
+    Raises:
+        ValueError: the packed tensor is not that of a linear of this shape.
+    """
+
+    def __init__(self, packed: Tensor, rows: int, columns: int, n: int, m: int, column_scales: bool) -> None:
+        self.shape = shape_of(rows, columns, n, m, column_scales)
+        if packed.numel() != self.shape.bytes or packed.dtype != torch.uint8 or not packed.is_contiguous():
+            raise ValueError("the packed tensor is not that of a linear of this shape: use repack()")
+        self.packed, self.described = packed, (rows, n, m, column_scales)
+        self.rows, self.columns, self.fast = rows, columns, is_fast(n, m)
+        self.multiply = _native.Linear(kernels(), self.shape, packed.data_ptr()).multiply
+
+    @classmethod
+    def of(cls, spec: CodesSpec, packed: Tensor) -> Product:
+        """Of a linear."""
+        return cls(packed, spec.out_features, spec.in_features, spec.n, spec.m, spec.has_column_scales)
+
+    def __call__(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Without torch's dispatcher where it has nothing to do."""
+        if not is_plain(inputs):
+            result: Tensor = torch.ops.subbit.linear(inputs, self.packed, bias, *self.described)
+            return result
+        return self.run(inputs, bias)
+
+    def run(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """The product, in float32, rounded to the dtype of ``inputs`` at the end."""
+        if inputs.shape[-1] != self.columns:
+            raise ValueError(f"the packed tensor is that of a linear of {self.columns} inputs, not {inputs.shape[-1]}")
+        check_bias(bias, self.rows)
+        if not self.fast and inputs.numel() >= DENSE_FROM * self.columns:
+            return multiply_tiles(inputs, self.shape, self.packed, bias, self.rows)
+        return call_kernel(self.multiply, inputs, bias, self.rows)
+
+
 def linear_cpu(
     inputs: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, n: int, m: int, column_scales: bool
 ) -> Tensor:
-    """``inputs`` (..., in) times a repacked linear, in float32, rounded to the dtype of ``inputs`` at the end."""
-    shape = shape_of(out_features, inputs.shape[-1], n, m, column_scales)
-    if packed.numel() != shape.bytes or packed.dtype != torch.uint8 or not packed.is_contiguous():
-        raise ValueError("the packed tensor is not that of a linear of this shape: use repack()")
-    check_bias(bias, out_features)
-    if not is_fast(n, m) and inputs.numel() >= DENSE_FROM * inputs.shape[-1]:
-        return multiply_tiles(inputs, shape, packed, bias, out_features)
-
-    def run(*given: Any) -> None:
-        _native.multiply(kernels(), shape, packed.data_ptr(), *given, torch.get_num_threads())  # type: ignore[call-arg]
-
-    return call_kernel(run, inputs, bias, out_features)
+    """``inputs`` (..., in) times a repacked linear."""
+    return Product(packed, out_features, inputs.shape[-1], n, m, column_scales).run(inputs, bias)
 
 
 def check_bias(bias: Tensor | None, out_features: int) -> None:
@@ -239,22 +299,22 @@ def check_bias(bias: Tensor | None, out_features: int) -> None:
         raise ValueError(f"the bias is {list(bias.shape)}, not [{out_features}]")
 
 
-def call_kernel(run: Callable[..., None], inputs: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """(..., out) in the dtype of ``inputs`` (..., in): what ``run`` makes of the arguments that all kernels take.
+def call_kernel(multiply: Callable[..., None], inputs: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """(..., out) in the dtype of ``inputs`` (..., in), by a kernel.
 
-    These are the address of the inputs, whether they are bfloat16, how many vectors they are, the address of the bias,
-    whether it is bfloat16, and the address of the outputs.
+    Its arguments are the address of the inputs, whether they are bfloat16, how many vectors they are, the address of
+    the bias, whether it is bfloat16, the address of the outputs, and the number of threads.
     """
     dtype = inputs.dtype
     if dtype not in KERNEL_DTYPES:
-        return call_kernel(run, inputs.float(), bias, out_features).to(dtype)
+        return call_kernel(multiply, inputs.float(), bias, out_features).to(dtype)
     inputs = inputs.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in KERNEL_DTYPES else bias.float()).contiguous()
     output = torch.empty((*inputs.shape[:-1], out_features), dtype=dtype)
     brief_bias = bias is not None and bias.dtype is torch.bfloat16
-    batch = output.numel() // out_features
-    run(inputs.data_ptr(), dtype is torch.bfloat16, batch, address(bias), brief_bias, output.data_ptr())
+    batch, threads = output.numel() // out_features, torch.get_num_threads()
+    multiply(inputs.data_ptr(), dtype is torch.bfloat16, batch, address(bias), brief_bias, output.data_ptr(), threads)
     return output
 
 
@@ -290,26 +350,33 @@ def read_memory(memory: Tensor) -> int:
     return _native.read_memory(kernels(), address(memory), memory.nbytes, torch.get_num_threads())
 
 
+# By their last names: after a product the weights have pushed the tables of the modules out of the cache.
+is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+tracing_state, functorch_stack = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+
+
 def is_plain(inputs: Tensor) -> bool:
     """Whether a kernel may be called without torch's dispatcher, which takes as long as a small product.
 
     Not while something has to see the operator: autograd, a compiler, a tracer, a dispatch mode or functorch.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and type(inputs) is Tensor
         and inputs.is_cpu
-        and not (inputs.requires_grad and torch.is_grad_enabled())
+        and not (inputs.requires_grad and is_grad_enabled())
         and not is_in_torch_dispatch_mode()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and tracing_state() is None
+        and functorch_stack() is None
     )
 
 
 def linear(inputs: Tensor, spec: CodesSpec, packed: Tensor, bias: Tensor | None) -> Tensor:
     """``inputs`` (..., in) times a linear that :func:`repack` prepared, (..., out) in the dtype of ``inputs``."""
-    call = linear_cpu if is_plain(inputs) else torch.ops.subbit.linear
-    result: Tensor = call(inputs, packed, bias, spec.out_features, spec.n, spec.m, spec.has_column_scales)
+    if is_plain(inputs):
+        return Product.of(spec, packed).run(inputs, bias)
+    described = (spec.out_features, spec.n, spec.m, spec.has_column_scales)
+    result: Tensor = torch.ops.subbit.linear(inputs, packed, bias, *described)
     return result
 
 
@@ -328,7 +395,4 @@ def rows_linear(inputs: Tensor, spec: EmbeddingSpec, tensors: dict[str, Tensor],
     places = address(codes), address(zeros), address(scales)
     matrix = _native.RowMatrix(*places, spec.out_features, spec.in_features, spec.bits, spec.group_size)
 
-    def run(*given: Any) -> None:
-        _native.multiply_rows(kernels(), matrix, *given, torch.get_num_threads())  # type: ignore[call-arg]
-
-    return call_kernel(run, inputs, bias, spec.out_features)
+    return call_kernel(partial(_native.multiply_rows, kernels(), matrix), inputs, bias, spec.out_features)

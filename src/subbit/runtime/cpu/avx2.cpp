@@ -5,6 +5,7 @@
 // both as one 16-bit number, another the upper one alone, and the lower one is their difference.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "fetch.hpp"
@@ -12,6 +13,15 @@
 
 namespace subbit {
 namespace {
+
+#ifdef __clang__
+#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
+#endif
+
+template <Layout layout>
+constexpr int kLines = of(layout).unit_bytes / 64;
 
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i load_table(const uint8_t* p) {
@@ -49,7 +59,7 @@ inline void put(uint8_t* table, __m256i first, __m256i second) {
 float build_symbols(const float* x, int groups, uint8_t* tables) {
     __m256 most = _mm256_setzero_ps();
     for (int g = 0; g < groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
-    const float largest = largest_lane(most), limit = kTwoGrid.zero - 1;
+    const float largest = largest_lane(most), limit = kTwoGrid.limit;
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
     const __m256i zero = _mm256_set1_epi32(kTwoGrid.zero);
     for (int g = 0; g < groups; g++, x += 8, tables += 32) {
@@ -90,7 +100,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
         const float whole = sum_of_lanes(magnitude(_mm256_loadu_ps(x + 8 * g)));
         most = whole > most ? whole : most;
     }
-    const float largest = 0.5F * most, limit = kThreeGrid.zero;  // no sum of a table is larger
+    const float largest = 0.5F * most, limit = kThreeGrid.limit;  // no sum of a table is larger
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += 128) {
         Sums::of<4>(x, inverse, kFactors.half).put_plus(tables);
@@ -102,29 +112,28 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
     return largest / limit;
 }
 
-// Two tables a group of 16 columns: x, and -x.
-template <Layout layout>
+// x of 16 columns. Bytes of even groups have 128 more: the sum of an even and an odd one is not negative, and still is
+// not after each of them was negated.
 float build_wide(const float* x, int groups, uint8_t* tables) {
-    constexpr Grid grid = of(layout).grid;
+    constexpr int radix = kSignedGrid.radix, limit = kSignedGrid.limit;
     __m256 most = _mm256_setzero_ps();
     for (int g = 0; g < 2 * groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
-    const float largest = largest_lane(most), limit = grid.zero - 1;
+    const float largest = largest_lane(most);
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
-    const __m256i zero = _mm256_set1_epi32(grid.zero);
-    for (int g = 0; g < groups; g++, x += 16, tables += 64) {
+    const __m256i zero = _mm256_set1_epi32(limit);
+    for (int g = 0; g < groups; g++, x += 16, tables += 32) {
         const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), inverse));
         const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse));
-        put<grid.radix>(tables, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
-        put<grid.radix>(tables + 32, _mm256_sub_epi32(zero, first), _mm256_sub_epi32(zero, second));
+        put<radix>(tables, _mm256_add_epi32(zero, first), _mm256_add_epi32(zero, second));
+        const auto shift = static_cast<char>((g % 2 ? 0 : 128) - radix / 2);
+        auto* bytes = reinterpret_cast<__m256i*>(tables);
+        _mm256_storeu_si256(bytes, _mm256_add_epi8(_mm256_loadu_si256(bytes), _mm256_set1_epi8(shift)));
     }
     return largest / limit;
 }
 
 float build_avx2(Layout layout, const float* inputs, int groups, uint8_t* tables) {
-    return (has_symbols(layout)          ? build_symbols
-            : layout == Layout::wide2    ? build_wide<Layout::wide2>
-            : layout == Layout::wide3    ? build_wide<Layout::wide3>
-                                         : build_signs)(inputs, groups, tables);
+    return (has_symbols(layout) ? build_symbols : is_wide(layout) ? build_wide : build_signs)(inputs, groups, tables);
 }
 
 // sums[0..15] += step * (low + radix * high - zero), of 16 rows in 16 bits.
@@ -164,7 +173,7 @@ template <int half>
     Wide low, high;
     codes += 32 * half;
     for (int g = 0; g < groups; g += 2, tables += 64, codes += 64) {
-        if (half == 0) fetch(codes);
+        if (g / 2 % 2 == half) fetch(codes);
         const __m256i code = load(codes), a = low_nibble(code), b = high_nibble(code);
         low.add(_mm256_add_epi8(_mm256_shuffle_epi8(load_table(tables), a),
                                 _mm256_shuffle_epi8(load_table(tables + 32), b)));
@@ -183,7 +192,7 @@ template <int half>
     for (int g = 0; g < groups; g += 2, tables += 64, codes += 128) {
         const __m256i low0 = load_table(tables), high0 = load_table(tables + 16);
         const __m256i low1 = load_table(tables + 32), high1 = load_table(tables + 48);
-        if (half == 0) fetch(codes), fetch(codes + 64);
+        fetch(codes);
         for (int v = 0; v < 2; v++) {
             const __m256i code = load(codes + 32 * v), a = low_nibble(code), b = high_nibble(code);
             const __m256i l = _mm256_add_epi8(_mm256_shuffle_epi8(low0, a), _mm256_shuffle_epi8(low1, b));
@@ -195,39 +204,72 @@ template <int half>
     for (int v = 0; v < 2; v++) flush<kTwoGrid.radix>(low[v], high[v], zero, step, sums + 32 * half + 16 * v);
 }
 
+// The k-th half bytes of the j-th group of a unit, as indices.
+template <Layout layout>
+inline __m256i half_bytes(const uint8_t* unit, int k, int j) {
+    const __m256i code = load(unit + half_byte_at(layout, k, j));
+    return is_upper(layout, k, j) ? high_nibble(code) : low_nibble(code);
+}
+
+// 3:8 and 4:8.
 template <Layout layout, int half>
-[[gnu::noinline]] void add_nibbles(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
-                                    float* sums) {
+[[gnu::noinline]] void add_signs(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                 float* sums) {
     constexpr Properties properties = of(layout);
     Wide low, high;
     for (int unit = 0; unit < groups; unit += 8, codes += properties.unit_bytes) {
         const uint8_t* mine = codes + 32 * half;
-        __m256i bits[3] = {};  // the uppermost bit of a byte decides
-        for (int k = 0; k < bits_of(layout); k++) bits[k] = load(mine + bit_at(layout, k));
+        // The uppermost bit of a byte decides.
+        __m256i bits = layout == Layout::quad ? load(mine + bit_at(layout, 2)) : _mm256_setzero_si256();
+        SUBBIT_UNROLLED
         for (int j = 0; j < 8; j++, tables += properties.table_bytes) {
-            if (half == 0) fetch_part<layout>(codes, j);
-            const __m256i two = load(mine + 64 * j);
-            __m256i index[3] = {low_nibble(two), high_nibble(two)};
-            if (properties.entries == 3) {
-                const __m256i third = load(mine + third_at(j));
-                index[2] = j % 2 ? high_nibble(third) : low_nibble(third);
-            }
+            if (j % 2 == half) fetch_part<kLines<layout>>(codes, j);
+            const __m256i index[3] = {half_bytes<layout>(mine, 0, j), half_bytes<layout>(mine, 1, j),
+                                      half_bytes<layout>(mine, 2, j)};
             const auto sum = [&](int plane) {
-                __m256i total = _mm256_setzero_si256();
-                for (int k = 0; k < properties.entries; k++) {
-                    const uint8_t* table = tables + table_at(layout, k) + plane;
-                    __m256i entry = _mm256_shuffle_epi8(load_table(table), index[k]);
-                    if (has_bit(layout, k)) {
-                        const __m256i other = _mm256_shuffle_epi8(load_table(table + 32), index[k]);
-                        entry = _mm256_blendv_epi8(entry, other, bits[layout == Layout::quad ? 0 : k]);
-                    }
-                    total = _mm256_add_epi8(total, entry);
-                }
-                return total;
+                const auto entry = [&](int k, int table) {
+                    return _mm256_shuffle_epi8(load_table(tables + table + plane), index[k]);
+                };
+                __m256i s = entry(2, 64);
+                if (layout == Layout::quad) s = _mm256_blendv_epi8(s, entry(2, 96), bits);
+                return _mm256_add_epi8(_mm256_add_epi8(entry(0, 0), entry(1, 32)), s);
             };
             low.add(sum(0));
             high.add(sum(16));
-            for (int k = 0; k < bits_of(layout); k++) bits[k] = _mm256_add_epi8(bits[k], bits[k]);
+            bits = _mm256_add_epi8(bits, bits);
+        }
+    }
+    flush<properties.grid.radix>(low, high, zero, step, sums + 32 * half);
+}
+
+// 1:16 to 3:16: look-ups of two groups are negated where their bits say so, and added.
+template <Layout layout, int half>
+[[gnu::noinline]] void add_wide(const uint8_t* codes, const uint8_t* tables, int groups, __m256i zero, __m256 step,
+                                float* sums) {
+    constexpr Properties properties = of(layout);
+    const __m256i one = _mm256_set1_epi8(1);
+    Wide low, high;
+    for (int unit = 0; unit < groups; unit += 8, codes += properties.unit_bytes) {
+        const uint8_t* mine = codes + 32 * half;
+        __m256i bits[3] = {};  // the uppermost bit of a byte decides
+        for (int k = 0; k < properties.entries; k++) bits[k] = load(mine + bit_at(layout, k));
+        SUBBIT_UNROLLED
+        for (int j = 0; j < 8; j += 2, tables += 2 * properties.table_bytes) {
+            if (j / 2 % 2 == half) fetch_part<kLines<layout>>(codes, j), fetch_part<kLines<layout>>(codes, j + 1);
+            for (int k = 0; k < properties.entries; k++) {
+                const __m256i left = half_bytes<layout>(mine, k, j), right = half_bytes<layout>(mine, k, j + 1);
+                const __m256i twice = _mm256_add_epi8(bits[k], bits[k]);
+                // A sign must not be zero, which would make the entry zero.
+                const __m256i first = _mm256_or_si256(bits[k], one), second = _mm256_or_si256(twice, one);
+                const auto sum = [&](int plane) {
+                    const __m256i a = _mm256_shuffle_epi8(load_table(tables + plane), left);
+                    const __m256i b = _mm256_shuffle_epi8(load_table(tables + 32 + plane), right);
+                    return _mm256_add_epi8(_mm256_sign_epi8(a, first), _mm256_sign_epi8(b, second));
+                };
+                low.add(sum(0));
+                high.add(sum(16));
+                bits[k] = _mm256_add_epi8(twice, twice);
+            }
         }
     }
     flush<properties.grid.radix>(low, high, zero, step, sums + 32 * half);
@@ -249,19 +291,24 @@ void add_avx2(Layout layout, const uint8_t* codes, const uint8_t* tables, int gr
     const auto add_all = [&](auto constant, auto add) {
         add_tiles<decltype(constant)::value>(codes, tables, groups, step, sums, tiles, add);
     };
-    const auto add_all_nibbles = [&](auto constant) {
+    const auto add_all_signs = [&](auto constant) {
         using Which = decltype(constant);
-        add_all(constant, [](auto... a) { add_nibbles<Which::value, 0>(a...), add_nibbles<Which::value, 1>(a...); });
+        add_all(constant, [](auto... a) { add_signs<Which::value, 0>(a...), add_signs<Which::value, 1>(a...); });
+    };
+    const auto add_all_wide = [&](auto constant) {
+        using Which = decltype(constant);
+        add_all(constant, [](auto... a) { add_wide<Which::value, 0>(a...), add_wide<Which::value, 1>(a...); });
     };
     switch (layout) {
         case Layout::single:
             return add_all(Constant<Layout::single>(), [](auto... a) { add_single<0>(a...), add_single<1>(a...); });
         case Layout::pair:
             return add_all(Constant<Layout::pair>(), [](auto... a) { add_pair<0>(a...), add_pair<1>(a...); });
-        case Layout::triple: return add_all_nibbles(Constant<Layout::triple>());
-        case Layout::quad: return add_all_nibbles(Constant<Layout::quad>());
-        case Layout::wide2: return add_all_nibbles(Constant<Layout::wide2>());
-        default: return add_all_nibbles(Constant<Layout::wide3>());
+        case Layout::triple: return add_all_signs(Constant<Layout::triple>());
+        case Layout::quad: return add_all_signs(Constant<Layout::quad>());
+        case Layout::wide1: return add_all_wide(Constant<Layout::wide1>());
+        case Layout::wide2: return add_all_wide(Constant<Layout::wide2>());
+        default: return add_all_wide(Constant<Layout::wide3>());
     }
 }
 
@@ -289,30 +336,61 @@ inline __m256i codes_of_4_bits(const uint8_t* p) {
     return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(15), pairs), 12));
 }
 
-// Every group has a multiple of 16 columns.
-template <int bits>
+// Steps of groups of a row, and what their zeros take off: eight at a time.
+struct RowGrids {
+    float steps[8];
+    __m256 zeros = _mm256_setzero_ps();
+
+    void next(const RowMatrix& matrix, const RowInputs& inputs, ptrdiff_t at, int group, int count) {
+        if (count < 8) {
+            float products[8] = {};
+            for (int i = 0; i < count; i++) {
+                steps[i] = from_float16(matrix.scales[at + i]) * inputs.steps[group + i];
+                products[i] = steps[i] * static_cast<float>(matrix.zeros[at + i]) * inputs.sums[group + i];
+            }
+            zeros = _mm256_add_ps(zeros, _mm256_loadu_ps(products));
+            return;
+        }
+        const auto* halves = reinterpret_cast<const __m128i*>(matrix.scales + at);
+        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
+        const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x8000)), 16);
+        const __m256i size = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
+        const __m256 scales = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p112F));
+        const __m256 step = _mm256_mul_ps(scales, _mm256_loadu_ps(inputs.steps + group));
+        const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(matrix.zeros + at)));
+        const __m256 sums = _mm256_mul_ps(_mm256_cvtepi32_ps(zero), _mm256_loadu_ps(inputs.sums + group));
+        zeros = _mm256_fmadd_ps(step, sums, zeros);
+        _mm256_storeu_ps(steps, step);
+    }
+};
+
+// Every group has a multiple of 16 columns; all have `size`, or are of any size if that is 0.
+template <int bits, int size>
 void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
-    const int groups = matrix.groups(), size = matrix.group_size;
+    const int groups = matrix.groups();
     for (int i = 0; i < count; i++) {
         const uint8_t* codes = matrix.codes + (first + i) * matrix.row_bytes();
+        const int16_t* x = inputs.values;
         const ptrdiff_t grids = static_cast<ptrdiff_t>(first + i) * groups;
         __m256 total = _mm256_setzero_ps();
-        float zeros = 0;
-        for (int group = 0; group < groups; group++) {
-            const int16_t* x = inputs.values + group * size;
-            const int columns = group + 1 < groups ? size : matrix.columns - group * size;
-            __m256i sum = _mm256_setzero_si256();
-            fetch(codes);
-            for (int j = 0; j < columns; j += 16, codes += 2 * bits) {
-                const __m256i code = bits == 8 ? codes_of_8_bits(codes) : codes_of_4_bits(codes);
-                const __m256i q = load(reinterpret_cast<const uint8_t*>(x + j));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(code, q));
+        RowGrids grid;
+        for (int from = 0; from < groups; from += 8) {
+            const int some = groups - from < 8 ? groups - from : 8;
+            grid.next(matrix, inputs, grids + from, from, some);
+            for (int group = from; group < from + some; group++) {
+                const int left = matrix.columns - group * matrix.group_size;
+                const int columns = size ? size : std::min(matrix.group_size, left);
+                __m256i sum = _mm256_setzero_si256();
+                fetch(codes);
+                SUBBIT_UNROLLED
+                for (int j = 0; j < columns; j += 16, codes += 2 * bits, x += 16) {
+                    const __m256i code = bits == 8 ? codes_of_8_bits(codes) : codes_of_4_bits(codes);
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(code, load(reinterpret_cast<const uint8_t*>(x))));
+                }
+                total = _mm256_fmadd_ps(_mm256_set1_ps(grid.steps[group - from]), _mm256_cvtepi32_ps(sum), total);
             }
-            const float step = from_float16(matrix.scales[grids + group]) * inputs.steps[group];
-            total = _mm256_fmadd_ps(_mm256_set1_ps(step), _mm256_cvtepi32_ps(sum), total);
-            zeros += step * static_cast<float>(matrix.zeros[grids + group]) * inputs.sums[group];
         }
-        sums[i] = sum_of_lanes(total) - zeros;
+        sums[i] = sum_of_lanes(total) - sum_of_lanes(grid.zeros);
     }
 }
 
@@ -320,8 +398,10 @@ void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, 
 
 void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
     const bool whole = matrix.group_size % 16 == 0 && matrix.columns % 16 == 0;
-    const RowsKernel kernel = !whole ? add_rows : matrix.bits == 8 ? add_rows_avx2<8> : add_rows_avx2<4>;
-    kernel(matrix, inputs, first, count, sums);
+    const bool usual = matrix.group_size == 64 && matrix.columns % 64 == 0;  // the default of the format
+    const RowsKernel of_8_bits = usual ? add_rows_avx2<8, 64> : add_rows_avx2<8, 0>;
+    const RowsKernel of_4_bits = usual ? add_rows_avx2<4, 64> : add_rows_avx2<4, 0>;
+    (!whole ? add_rows : matrix.bits == 8 ? of_8_bits : of_4_bits)(matrix, inputs, first, count, sums);
 }
 
 const Kernels avx2_kernels{"AVX2", false, build_avx2, add_avx2, read_avx2, rows_avx2};

@@ -14,16 +14,18 @@
 namespace subbit {
 namespace {
 
-// Unrolled, the loop over the groups of a unit is faster from a cache, and a tenth to a third slower from memory.
 #ifdef __clang__
-#define SUBBIT_ROLLED _Pragma("clang loop unroll(disable)")
+#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
 #else
-#define SUBBIT_ROLLED _Pragma("GCC unroll 1")
+#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
 #endif
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i load_table(const uint8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m512i load_half(const uint8_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline __mmask64 load_mask(const uint8_t* p) {
     uint64_t bits;
@@ -60,20 +62,75 @@ inline __m512i to_grid(__m512 x, __m512 inverse, int zero) {
 }
 inline void store_256(uint8_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 
-// Both planes of a table of 64.
-template <int columns>
-inline void put_folded(const float* x, __m512 inverse, const Entries<columns>& entries, uint8_t* table) {
-    __m512 sums[4] = {};
-    for (int j = 0; j < columns; j++) {
-        const __m512 a = _mm512_set1_ps(x[j]);
-        for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(entries.weights[j] + 16 * i), sums[i]);
-    }
+// Where entry e of a table of 64 is in four vectors of floats, so that packing them leaves the bytes in order.
+constexpr int packed_at(int e) { return e % 16 / 4 * 16 + e / 16 * 4 + e % 4; }
+
+// Both planes of a table of 64 from its entries in this order, already in steps of the grid.
+inline void put_table(const __m512 (&entries)[4], uint8_t* table) {
+    constexpr auto radix = static_cast<short>(kFoldedGrid.radix), multiplier = static_cast<short>((1 << 22) / radix + 1);
+    __m512i low[2], high[2];
     for (int i = 0; i < 2; i++) {
-        const __m512i first = to_grid(sums[2 * i], inverse, kFoldedGrid.zero);
-        const Bytes bytes = Bytes::of<kFoldedGrid.radix>(first, to_grid(sums[2 * i + 1], inverse, kFoldedGrid.zero));
-        store_256(table + 32 * i, bytes.low);
-        store_256(table + 64 + 32 * i, bytes.high);
+        const __m512i first = _mm512_cvtps_epi32(entries[2 * i]), second = _mm512_cvtps_epi32(entries[2 * i + 1]);
+        const __m512i values = _mm512_add_epi16(_mm512_packs_epi32(first, second), _mm512_set1_epi16(kFoldedGrid.zero));
+        high[i] = _mm512_srli_epi16(_mm512_mulhi_epu16(values, _mm512_set1_epi16(multiplier)), 6);
+        low[i] = _mm512_sub_epi16(values, _mm512_mullo_epi16(high[i], _mm512_set1_epi16(radix)));
     }
+    _mm512_storeu_si512(table, _mm512_packus_epi16(low[0], low[1]));
+    _mm512_storeu_si512(table + 64, _mm512_packus_epi16(high[0], high[1]));
+}
+
+// Two columns and their signs, for every entry of six and seven.
+struct Pairs {
+    int columns[2][64];
+    float signs[2][64];
+};
+constexpr Pairs make_pairs(const Entries<8>& entries) {
+    Pairs pairs{};
+    for (int e = 0; e < 64; e++) {
+        int count = 0;
+        for (int j = 0; j < 8; j++) {
+            if (entries.weights[j][e] == 0) continue;
+            pairs.columns[count][packed_at(e)] = j;
+            pairs.signs[count++][packed_at(e)] = entries.weights[j][e];
+        }
+    }
+    return pairs;
+}
+constexpr Pairs kSixPairs = make_pairs(kSix), kSevenPairs = make_pairs(kSeven);
+
+constexpr Entries<4> pack_order(const Entries<4>& entries) {
+    Entries<4> packed{};
+    for (int j = 0; j < 4; j++) {
+        for (int e = 0; e < 64; e++) packed.weights[j][packed_at(e)] = entries.weights[j][e];
+    }
+    return packed;
+}
+constexpr Entries<4> kPackedHalf = pack_order(kHalf);
+
+template <Layout layout>
+inline void put_pairs(const float* x, __m512 inverse, uint8_t* table) {
+    constexpr const Pairs& pairs = layout == Layout::six ? kSixPairs : kSevenPairs;
+    const __m512 scaled = _mm512_mul_ps(inverse, _mm512_broadcast_f32x8(_mm256_loadu_ps(x)));
+    __m512 sums[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512 left = _mm512_permutexvar_ps(load(pairs.columns[0] + 16 * i), scaled);
+        const __m512 right = _mm512_permutexvar_ps(load(pairs.columns[1] + 16 * i), scaled);
+        // Of seven, the left one is positive.
+        sums[i] = layout == Layout::six ? _mm512_mul_ps(left, _mm512_loadu_ps(pairs.signs[0] + 16 * i)) : left;
+        sums[i] = _mm512_fmadd_ps(right, _mm512_loadu_ps(pairs.signs[1] + 16 * i), sums[i]);
+    }
+    put_table(sums, table);
+}
+
+inline void put_half(const float* x, __m512 inverse, uint8_t* table) {
+    __m512 sums[4] = {};
+    for (int j = 0; j < 4; j++) {
+        const __m512 a = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
+        for (int i = 0; i < 4; i++) {
+            sums[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(kPackedHalf.weights[j] + 16 * i), sums[i]);
+        }
+    }
+    put_table(sums, table);
 }
 
 inline float largest_of(const float* x, int count) {
@@ -98,14 +155,14 @@ template <Layout layout>
 float build_folded(const float* x, int groups, uint8_t* tables) {
     constexpr bool halves = layout == Layout::halves3;
     const float largest = halves ? largest_half(x, 8 * groups) : 2 * largest_of(x, 8 * groups);
-    const float limit = kFoldedGrid.zero - 1;
+    const float limit = kFoldedGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += of(layout).table_bytes) {
         if (halves) {
-            put_folded(x, inverse, kHalf, tables);
-            put_folded(x + 4, inverse, kHalf, tables + 128);
+            put_half(x, inverse, tables);
+            put_half(x + 4, inverse, tables + 128);
         } else {
-            put_folded(x, inverse, layout == Layout::six ? kSix : kSeven, tables);
+            put_pairs<layout>(x, inverse, tables);
         }
     }
     return largest / limit;
@@ -113,7 +170,7 @@ float build_folded(const float* x, int groups, uint8_t* tables) {
 
 // -x and x of two groups of 8 columns, a table each.
 float build_single(const float* x, int groups, uint8_t* tables) {
-    const float largest = largest_of(x, 8 * groups), limit = kTwoGrid.zero - 1;
+    const float largest = largest_of(x, 8 * groups), limit = kTwoGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     const __m512i zero = _mm512_set1_epi32(kTwoGrid.zero);
     for (int g = 0; g < groups; g += 2, x += 16, tables += 64) {
@@ -127,18 +184,16 @@ float build_single(const float* x, int groups, uint8_t* tables) {
     return largest / limit;
 }
 
-// x of 16 columns, then -x.
-template <Layout layout>
-float build_wide(const float* x, int groups, uint8_t* tables) {
-    constexpr Grid grid = of(layout).grid;
-    const float largest = largest_of(x, 16 * groups), limit = grid.zero - 1;
+// x of 16 columns and -x are a table.
+float build_five(const float* x, int groups, uint8_t* tables) {
+    const float largest = largest_of(x, 16 * groups), limit = kTwoGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
-    const __m512i zero = _mm512_set1_epi32(grid.zero);
+    const __m512i zero = _mm512_set1_epi32(kTwoGrid.zero);
     for (int g = 0; g < groups; g++, x += 16, tables += 64) {
-        const __m512i plus = to_grid(_mm512_loadu_ps(x), inverse, grid.zero);
-        const Bytes bytes = Bytes::of<grid.radix>(plus, _mm512_sub_epi32(_mm512_add_epi32(zero, zero), plus));
-        store_256(tables, _mm256_permute2x128_si256(bytes.low, bytes.high, 0x20));
-        store_256(tables + 32, _mm256_permute2x128_si256(bytes.low, bytes.high, 0x31));
+        const __m512i plus = to_grid(_mm512_loadu_ps(x), inverse, kTwoGrid.zero);
+        const Bytes bytes = Bytes::of<kTwoGrid.radix>(plus, _mm512_sub_epi32(_mm512_add_epi32(zero, zero), plus));
+        store_256(tables, bytes.low);
+        store_256(tables + 32, bytes.high);
     }
     return largest / limit;
 }
@@ -146,13 +201,17 @@ float build_wide(const float* x, int groups, uint8_t* tables) {
 float build_avx512(Layout layout, const float* inputs, int groups, uint8_t* tables) {
     switch (layout) {
         case Layout::single: return build_single(inputs, groups, tables);
-        case Layout::wide2: return build_wide<Layout::wide2>(inputs, groups, tables);
-        case Layout::wide3: return build_wide<Layout::wide3>(inputs, groups, tables);
+        case Layout::five1:
+        case Layout::five2:
+        case Layout::five3: return build_five(inputs, groups, tables);
         case Layout::six: return build_folded<Layout::six>(inputs, groups, tables);
         case Layout::seven: return build_folded<Layout::seven>(inputs, groups, tables);
         default: return build_folded<Layout::halves3>(inputs, groups, tables);
     }
 }
+
+template <Layout layout>
+constexpr int kLines = of(layout).unit_bytes / 64;
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
 
@@ -215,9 +274,9 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
             const __m512i two = _mm512_srli_epi16(from[0], 6), four = _mm512_srli_epi16(from[1], 4);
             index[6 + j] = select(15, select(3, two, four), _mm512_srli_epi16(from[2], 2));
         }
-        SUBBIT_ROLLED
+        SUBBIT_UNROLLED
         for (int j = 0; j < 8; j += 2) {
-            fetch_part<layout>(codes, j), fetch_part<layout>(codes, j + 1);
+            fetch_part<kLines<layout>>(codes, j), fetch_part<kLines<layout>>(codes, j + 1);
             const auto sum = [&](int plane) {
                 __m512i entries[2];
                 for (int k = 0; k < 2; k++) {
@@ -240,9 +299,9 @@ inline void add_halves(const uint8_t* codes, const uint8_t* tables, int groups, 
     const __m512i left_blocks = load(classes.left), right_blocks = load(classes.right);
     for (int unit = 0; unit < groups; unit += 8, codes += of(layout).unit_bytes) {
         __m512i rest[2] = {load(codes + 512), load(codes + 576)};
-        SUBBIT_ROLLED
+        SUBBIT_UNROLLED
         for (int j = 0; j < 8; j++, tables += 256) {
-            fetch_part<layout>(codes, j);
+            fetch_part<kLines<layout>>(codes, j);
             const __m512i code = load(codes + 64 * j);
             const __m512i left = select(3, _mm512_srli_epi16(code, 5), _mm512_permutexvar_epi8(code, left_blocks));
             const __m512i right = select(3, rest[j / 4], _mm512_permutexvar_epi8(code, right_blocks));
@@ -258,37 +317,29 @@ inline void add_halves(const uint8_t* codes, const uint8_t* tables, int groups, 
     }
 }
 
+// A look-up ignores all but six bits of an index, and a table of 32 entries lies in both halves of a vector.
 template <Layout layout>
-inline void add_wide(const uint8_t* codes, const uint8_t* tables, int groups, Planes& sums) {
-    constexpr Properties properties = of(layout);
-    for (int unit = 0; unit < groups; unit += 8, codes += properties.unit_bytes) {
-        __m512i bits[3] = {};  // the uppermost bit of a byte decides
-        for (int k = 0; k < properties.entries; k++) bits[k] = load(codes + bit_at(layout, k));
-        SUBBIT_ROLLED
-        for (int j = 0; j < 8; j++, tables += properties.table_bytes) {
-            fetch_part<layout>(codes, j);
-            const __m512i two = load(codes + 64 * j);
-            __m512i index[3] = {low_nibble(two), high_nibble(two)};
-            if (properties.entries == 3) {
-                const __m512i third = load(codes + third_at(j));
-                index[2] = j % 2 ? high_nibble(third) : low_nibble(third);
+inline void add_five(const uint8_t* codes, const uint8_t* tables, int groups, Planes& sums) {
+    for (int unit = 0; unit < groups; unit += 8, tables += 8 * of(layout).table_bytes) {
+        for (int k = 0; k < of(layout).entries; k++, codes += kFiveBytes) {
+            __m512i index[8];
+            for (int j = 0; j < 5; j++) index[j] = load(codes + 64 * j);
+            const __m512i one = index[1], three = index[3];
+            index[5] = select(7, _mm512_srli_epi16(index[0], 5), _mm512_srli_epi16(one, 2));
+            index[6] = select(7, _mm512_srli_epi16(index[2], 5), _mm512_srli_epi16(three, 2));
+            index[7] = select(8, _mm512_srli_epi16(one, 4), _mm512_srli_epi16(three, 3));
+            index[7] = select(7, _mm512_srli_epi16(index[4], 5), index[7]);
+            SUBBIT_UNROLLED
+            for (int j = 0; j < 8; j += 2) {
+                fetch_part<kFiveBytes / 64>(codes, j), fetch_part<kFiveBytes / 64>(codes, j + 1);
+                const auto sum = [&](int plane) {
+                    const uint8_t* table = tables + 64 * j + plane;
+                    return _mm512_add_epi8(_mm512_permutexvar_epi8(index[j], load_half(table)),
+                                           _mm512_permutexvar_epi8(index[j + 1], load_half(table + 64)));
+                };
+                sums.low.add(sum(0));
+                sums.high.add(sum(32));
             }
-            __mmask64 negative[3];
-            for (int k = 0; k < properties.entries; k++) {
-                negative[k] = _mm512_movepi8_mask(bits[k]);
-                bits[k] = _mm512_add_epi8(bits[k], bits[k]);
-            }
-            const auto sum = [&](int plane) {
-                const __m512i plus = load_table(tables + plane), minus = load_table(tables + 32 + plane);
-                __m512i total = _mm512_setzero_si512();
-                for (int k = 0; k < properties.entries; k++) {
-                    const __m512i entry = _mm512_shuffle_epi8(plus, index[k]);
-                    total = _mm512_add_epi8(total, _mm512_mask_shuffle_epi8(entry, negative[k], minus, index[k]));
-                }
-                return total;
-            };
-            sums.low.add(sum(0));
-            sums.high.add(sum(16));
         }
     }
 }
@@ -316,8 +367,9 @@ void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int 
     };
     switch (layout) {
         case Layout::single: return add_all(Constant<Layout::single>(), add_single<Layout::single>);
-        case Layout::wide2: return add_all(Constant<Layout::wide2>(), add_wide<Layout::wide2>);
-        case Layout::wide3: return add_all(Constant<Layout::wide3>(), add_wide<Layout::wide3>);
+        case Layout::five1: return add_all(Constant<Layout::five1>(), add_five<Layout::five1>);
+        case Layout::five2: return add_all(Constant<Layout::five2>(), add_five<Layout::five2>);
+        case Layout::five3: return add_all(Constant<Layout::five3>(), add_five<Layout::five3>);
         case Layout::six: return add_all(Constant<Layout::six>(), add_folded<Layout::six>);
         case Layout::seven: return add_all(Constant<Layout::seven>(), add_folded<Layout::seven>);
         case Layout::halves3: return add_all(Constant<Layout::halves3>(), add_halves<Layout::halves3>);

@@ -39,6 +39,13 @@ const Kernels& find_kernels(const std::string& name) {
     throw nb::value_error("this processor has no such kernels");
 }
 
+// What is the same in every call.
+struct Linear {
+    const Kernels& kernels;
+    Shape shape;
+    const uint8_t* buffer;
+};
+
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -81,13 +88,17 @@ NB_MODULE(_native, module) {
         const nb::gil_scoped_release release;
         decode(shape, pointer<uint8_t>(buffer), first_row, rows, pointer<float>(weights));
     });
-    module.def("multiply", [](const Kernels& kernels, const Shape& shape, uintptr_t buffer, uintptr_t inputs,
-                              bool bfloat16, int batch, uintptr_t bias, bool bfloat16_bias, uintptr_t outputs,
-                              int threads) {
-        const nb::gil_scoped_release release;
-        multiply(kernels, shape, pointer<uint8_t>(buffer), {pointer<void>(inputs), bfloat16}, batch,
-                 {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
-    });
+    nb::class_<Linear>(module, "Linear")
+        .def("__init__",
+             [](Linear* linear, const Kernels& kernels, const Shape& shape, uintptr_t buffer) {
+                 new (linear) Linear{kernels, shape, pointer<uint8_t>(buffer)};
+             })
+        .def("multiply", [](const Linear& linear, uintptr_t inputs, bool bfloat16, int batch, uintptr_t bias,
+                            bool bfloat16_bias, uintptr_t outputs, int threads) {
+            const nb::gil_scoped_release release;
+            multiply(linear.kernels, linear.shape, linear.buffer, {pointer<void>(inputs), bfloat16}, batch,
+                     {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
+        });
     nb::class_<RowMatrix>(module, "RowMatrix")
         .def("__init__",
              [](RowMatrix* matrix, uintptr_t codes, uintptr_t zeros, uintptr_t scales, int rows, int columns, int bits,

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -22,6 +23,8 @@ namespace {
 
 constexpr size_t kTableBudget = 256 * 1024;  // of one thread: about half of a second-level cache
 constexpr size_t kWorkOfThread = 48 * 1024;  // bytes of codes, times inputs, that are worth waking another thread for
+constexpr size_t kFetchedByChunk = 4096;     // bytes of codes, while tables of a chunk are filled
+constexpr size_t kScalesOfTile = sizeof(float) * kTileRows;
 constexpr size_t kPadding = 8;               // bytes after generic codewords, which are read four at a time
 
 size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -77,6 +80,13 @@ uint16_t code_of_wide(const Symbols& word, int n) {
         const unsigned symbol = word[static_cast<size_t>(i)];
         code |= symbol % 16 << 4 * i | (1 - symbol / 16) << (4 * n + i);
     }
+    return static_cast<uint16_t>(code);
+}
+
+// Five bits for each symbol: its column, and the uppermost one if it is negative.
+uint16_t code_of_five(const Symbols& word, int n) {
+    unsigned code = 0;
+    for (int i = 0; i < n; i++) code |= (word[static_cast<size_t>(i)] ^ 16U) << 5 * i;
     return static_cast<uint16_t>(code);
 }
 
@@ -138,8 +148,12 @@ uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
         case Layout::six: return code_of_symbols(word, shape.n, shape.m, 3);
         case Layout::triple:
         case Layout::quad: return code_of_signs(word, shape.n);
+        case Layout::wide1:
         case Layout::wide2:
         case Layout::wide3: return code_of_wide(word, shape.n);
+        case Layout::five1:
+        case Layout::five2:
+        case Layout::five3: return code_of_five(word, shape.n);
         case Layout::generic: return static_cast<uint16_t>(index);
         default: return code_of_folded(layout, word, shape.n);
     }
@@ -288,11 +302,16 @@ void get_row(const Shape& shape, const Book& book, const uint8_t* buffer, int ro
     });
 }
 
-const float* row_scales_of(const Shape& shape, const uint8_t* buffer) {
-    return reinterpret_cast<const float*>(buffer + shape.scales_offset());
+const float* row_scales_of(const Shape& shape, const uint8_t* buffer, int row) {
+    return reinterpret_cast<const float*>(buffer + shape.row_scale_at(row));
 }
 const float* column_scales_of(const Shape& shape, const uint8_t* buffer) {
-    return shape.column_scales ? row_scales_of(shape, buffer) + shape.rows : nullptr;
+    return shape.column_scales ? reinterpret_cast<const float*>(buffer + shape.column_scales_at()) : nullptr;
+}
+
+// Into the second-level cache.
+void fetch_ahead(const uint8_t* bytes, size_t count) {
+    for (size_t at = 0; at < count; at += 64) __builtin_prefetch(bytes + at, 0, 2);
 }
 
 // One product: what all threads share.
@@ -304,22 +323,30 @@ struct Product {
     int batch;
     Numbers bias;
     void* outputs;
-    int together;        // inputs whose tables a thread holds at a time
-    int blocks_at_once;  // that a thread takes from the counter
+    int together;  // inputs whose tables a thread holds at a time
     std::vector<std::atomic<int>> next;  // block, for every `together` inputs; of a generic layout, tile
 
     void run();
     void run_block(int block, int first, int count, const uint8_t* tables, const float* steps, float* sums);
     void run_generic();
+    void fetch_outputs(int first, int rows, int input) const;
     void finish(int tile, int input, float* sums);
 };
 
 // Row scales, bias, and only rows that exist.
 void Product::finish(int tile, int input, float* sums) {
     const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
-    const float* scales = row_scales_of(shape, buffer) + first;
+    const float* scales = row_scales_of(shape, buffer, first);
     for (int i = 0; i < rows; i++) sums[i] *= scales[i];
     store(outputs, inputs.bfloat16, static_cast<ptrdiff_t>(input) * shape.rows + first, rows, sums, bias, first);
+}
+
+// Writing to memory waits for what is there: it is fetched while the sums are made.
+void Product::fetch_outputs(int first, int rows, int input) const {
+    const size_t size = inputs.bfloat16 ? 2 : 4;
+    const auto at = static_cast<size_t>(input) * static_cast<size_t>(shape.rows) + static_cast<size_t>(first);
+    const auto* bytes = static_cast<const uint8_t*>(outputs) + size * at;
+    fetch_ahead(bytes, size * static_cast<size_t>(rows));
 }
 
 // The inputs of one vector, times the column scales, padded with zeros to `count`.
@@ -346,19 +373,21 @@ void Product::run() {
 
     for (int part = 0; part * together < batch; part++) {
         const int first = part * together, count = std::min(together, batch - first);
+        auto& counter = next[static_cast<size_t>(part)];
+        int block = counter.fetch_add(1);
+        if (block >= shape.blocks()) continue;  // the others were faster
+        const uint8_t* codes = buffer + shape.chunk_at(block * kBlockTiles, 0);
         for (int i = 0; i < count; i++) {
             scaled_inputs(*this, first + i, groups * columns, values.data());
             for (int chunk = 0; chunk < chunks; chunk++) {
+                if (i == 0) fetch_ahead(codes + chunk * kFetchedByChunk, kFetchedByChunk);
                 const auto at = static_cast<size_t>(chunk * together + i);
                 const float* x = values.data() + static_cast<ptrdiff_t>(chunk) * kChunkGroups * columns;
                 steps[at] = kernels.build(layout, x, in_chunk(groups, chunk), tables + at * table_size);
             }
         }
-        auto& counter = next[static_cast<size_t>(part)];
-        for (int from; (from = counter.fetch_add(blocks_at_once)) < shape.blocks();) {
-            for (int block = from; block < std::min(from + blocks_at_once, shape.blocks()); block++) {
-                run_block(block, first, count, tables, steps.data(), sums.data());
-            }
+        for (; block < shape.blocks(); block = counter.fetch_add(1)) {
+            run_block(block, first, count, tables, steps.data(), sums.data());
         }
     }
 }
@@ -369,6 +398,8 @@ void Product::run_block(int block, int first, int count, const uint8_t* tables, 
     const int groups = shape.groups(), tile = block * kBlockTiles, tiles = std::min(kBlockTiles, shape.tiles() - tile);
     constexpr ptrdiff_t rows = kBlockTiles * kTileRows;
     std::fill_n(sums, count * rows, 0.0F);
+    const int first_row = tile * kTileRows, some = std::min(tiles * kTileRows, shape.rows - first_row);
+    for (int i = 0; i < count; i++) fetch_outputs(first_row, some, first + i);
     for (int chunk = 0; chunk < chunks_of(groups); chunk++) {
         const uint8_t* codes = buffer + shape.chunk_at(tile, chunk);
         for (int i = 0; i < count; i++) {
@@ -441,15 +472,27 @@ std::vector<Field> fields_of(Layout layout, int group) {
         if (layout == Layout::seven) fields.push_back({6, 1, 384 + 8 * group, 0, bits});
         return fields;
     }
-    fields.push_back({0, 8, 64 * group, 0, bytes});
-    if (entries == 3) fields.push_back({8, 4, third_at(group), nibble, bytes});
+    for (int k = 0; is_five(layout) && k < entries; k++) {
+        const int at = kFiveBytes * k, shift = 5 * k, pair = at + 128 * (group - 5);
+        if (group < 5) fields.push_back({shift, 5, at + 64 * group, 0, bytes});
+        if (group >= 5) fields.push_back({shift, 3, pair, 5, bytes});
+        if (group == 5 || group == 6) fields.push_back({shift + 3, 2, pair + 64, 5, bytes});
+        for (int i = 0; group == 7 && i < 2; i++) fields.push_back({shift + 3 + i, 1, at + 64 + 128 * i, 7, bytes});
+    }
+    if (is_five(layout)) return fields;
+    for (int k = 0; k < entries; k++)
+        fields.push_back({4 * k, 4, half_byte_at(layout, k, group), is_upper(layout, k, group) ? 4 : 0, bytes});
     for (int i = 0; i < bits_of(layout); i++) fields.push_back({4 * entries + i, 1, bit_at(layout, i), 7 - group, bytes});
     return fields;
 }
 
 Layout Shape::layout() const {
     if (m == 4 && n == 1) return folded ? Layout::six : Layout::pair;
-    if (m == 16 && (n == 2 || n == 3)) return n == 2 ? Layout::wide2 : Layout::wide3;
+    if (m == 16 && n <= 3) {
+        constexpr Layout wide[] = {Layout::wide1, Layout::wide2, Layout::wide3};
+        constexpr Layout five[] = {Layout::five1, Layout::five2, Layout::five3};
+        return (folded ? five : wide)[n - 1];
+    }
     if (m != 8) return Layout::generic;
     constexpr Layout whole[] = {Layout::single, Layout::pair, Layout::triple, Layout::quad};
     constexpr Layout halved[] = {Layout::single, Layout::seven, Layout::halves3, Layout::halves4};
@@ -477,15 +520,24 @@ size_t Shape::chunk_at(int tile, int chunk) const {
     const int first = tile / kBlockTiles * kBlockTiles, of_block = std::min(kBlockTiles, tiles() - first);
     const size_t before = static_cast<size_t>(of_block * chunk) * static_cast<size_t>(bytes_of(layout(), kChunkGroups));
     const int mine = (tile - first) * bytes_of(layout(), in_chunk(groups(), chunk));
-    return static_cast<size_t>(first) * tile_bytes() + before + static_cast<size_t>(mine);
+    return static_cast<size_t>(first) * (tile_bytes() + kScalesOfTile) + before + static_cast<size_t>(mine);
 }
 
-size_t Shape::scales_offset() const {
-    if (layout() == Layout::generic) return align(static_cast<size_t>(rows) * file_row_bytes() + kPadding);
-    return align(static_cast<size_t>(tiles()) * tile_bytes());
+size_t Shape::row_scale_at(int row) const {
+    if (layout() == Layout::generic)
+        return align(static_cast<size_t>(rows) * file_row_bytes() + kPadding) + sizeof(float) * static_cast<size_t>(row);
+    const int codes = std::min(tiles(), (row / kTileRows / kBlockTiles + 1) * kBlockTiles);  // tiles before the scale
+    return static_cast<size_t>(codes) * tile_bytes() + sizeof(float) * static_cast<size_t>(row);
 }
 
-size_t Shape::bytes() const { return scales_offset() + sizeof(float) * static_cast<size_t>(rows + (column_scales ? columns : 0)); }
+size_t Shape::column_scales_at() const {
+    if (layout() == Layout::generic) return row_scale_at(rows);
+    return static_cast<size_t>(tiles()) * (tile_bytes() + kScalesOfTile);
+}
+
+size_t Shape::bytes() const {
+    return column_scales_at() + (column_scales ? sizeof(float) * static_cast<size_t>(columns) : 0);
+}
 
 namespace {
 
@@ -535,9 +587,10 @@ int64_t repack(const Shape& shape, const uint8_t* codes, const float* row_scales
     on_team(threads, [](void* data) { static_cast<Repacking*>(data)->run(); }, &repacking);
     if (shape.layout() == Layout::generic)
         std::memcpy(buffer, codes, static_cast<size_t>(shape.rows) * shape.file_row_bytes());
-    auto* scales = reinterpret_cast<float*>(buffer + shape.scales_offset());
-    std::copy_n(row_scales, shape.rows, scales);
-    if (shape.column_scales) std::copy_n(column_scales, shape.columns, scales + shape.rows);
+    constexpr size_t size = sizeof(float);
+    for (int row = 0; row < shape.rows; row++) std::memcpy(buffer + shape.row_scale_at(row), row_scales + row, size);
+    if (shape.column_scales)
+        std::memcpy(buffer + shape.column_scales_at(), column_scales, size * static_cast<size_t>(shape.columns));
     return repacking.wrong;
 }
 
@@ -580,16 +633,16 @@ void unpack(const Shape& shape, const uint8_t* buffer, uint8_t* codes) {
 
 void decode(const Shape& shape, const uint8_t* buffer, int first_row, int rows, float* weights) {
     Reader reader(shape, buffer);
-    const float* r = row_scales_of(shape, buffer);
     const float* c = column_scales_of(shape, buffer);
     std::fill_n(weights, static_cast<ptrdiff_t>(rows) * shape.columns, 0.0F);
     for (int row = first_row; row < first_row + rows; row++, weights += shape.columns) {
         reader.read(row);
+        const float r = *row_scales_of(shape, buffer, row);
         for (int group = 0; group < shape.codewords(); group++) {
             const Symbols& symbols = reader.book.symbols[reader.words[static_cast<size_t>(group)]];
             for (int k = 0; k < shape.n; k++) {
                 const int symbol = symbols[static_cast<size_t>(k)], column = group * shape.m + symbol % shape.m;
-                const float scale = c ? r[row] * c[column] : r[row];
+                const float scale = c ? r * c[column] : r;
                 weights[column] = symbol / shape.m ? scale : -scale;
             }
         }
@@ -602,11 +655,10 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     const bool generic = shape.layout() == Layout::generic;
     const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(of(shape.layout()).table_bytes);
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
-    const auto work = shape.scales_offset() * static_cast<size_t>(batch) / kWorkOfThread;
+    const auto work = shape.column_scales_at() * static_cast<size_t>(batch) / kWorkOfThread;
     threads = std::min({threads, generic ? shape.tiles() : shape.blocks(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
-    const int at_once = std::clamp(shape.blocks() / (4 * threads), 1, 4);
-    Product product{kernels, shape,    buffer,  inputs, batch, bias,
-                    outputs, together, at_once, std::vector<std::atomic<int>>(static_cast<size_t>((batch + together - 1) / together))};
+    std::vector<std::atomic<int>> counters(static_cast<size_t>((batch + together - 1) / together));
+    Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, std::move(counters)};
     on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Product*>(data);

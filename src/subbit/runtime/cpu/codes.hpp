@@ -28,23 +28,29 @@ enum class Layout {
     pair,     // 2:8 and 1:4, two symbols a group: a byte
     triple,   // 3:8: 12 bits
     quad,     // 4:8: 13 bits
-    wide2,    // 2:16, two columns of 16, half a byte each, and two signs: 10 bits
+    wide1,    // 1:16, a column of 16 and a sign: 5 bits
+    wide2,    // 2:16, two of them: 10 bits
     wide3,    // 3:16: 15 bits
     six,      // 1:4 in tables of 64, 6 bits for two codewords
     seven,    // 2:8 in tables of 64: 7 bits
     halves3,  // 3:8 in tables of 64, one for four columns: 11 bits
     halves4,  // 4:8, as 3:8
+    five1,    // 1:16 to 3:16 in tables of 64, of which 32 are used, both signs: 5 bits a symbol
+    five2,
+    five3,
     generic,  // any other N:M: the codewords of the file
 };
 
-// What the entries of the tables are: an integer below 2^14, of which `zero` stands for 0; the largest sum of
-// bytes before they are widened (2 or 3 entries) is below 256.
+// What the entries of the tables are: an integer below 2^14, low + radix * high, of which `zero` stands for 0; none is
+// further from it than `limit`. The largest sum of bytes before they are widened (2 or 3 entries) is below 256.
 struct Grid {
-    int radix, zero;
+    int radix, zero, limit;
 };
-constexpr Grid kTwoGrid{128, 8192}, kThreeGrid{86, 3697};
+constexpr Grid kTwoGrid{128, 8192, 8191}, kThreeGrid{86, 3697, 3697};
 // Negating is radix - low and radix - high: 2 * zero = radix + radix * radix.
-constexpr Grid kFoldedGrid{127, 8128};
+constexpr Grid kFoldedGrid{127, 8128, 8127};
+// Bytes are from -63 to 63, and a sum of two has 128 added.
+constexpr Grid kSignedGrid{127, 8192, 8064};
 
 struct Properties {
     int columns;      // of a group
@@ -59,12 +65,16 @@ constexpr Properties kProperties[] = {
     {8, 2, 128, 32, 2, kTwoGrid},      // pair
     {8, 8, 768, 128, 3, kThreeGrid},   // triple
     {8, 8, 832, 128, 3, kThreeGrid},   // quad
-    {16, 8, 640, 64, 2, kTwoGrid},     // wide2
-    {16, 8, 960, 64, 3, kThreeGrid},   // wide3
+    {16, 8, 320, 32, 1, kSignedGrid},  // wide1
+    {16, 8, 640, 32, 2, kSignedGrid},  // wide2
+    {16, 8, 960, 32, 3, kSignedGrid},  // wide3
     {8, 8, 384, 128, 1, kFoldedGrid},  // six
     {8, 8, 448, 128, 1, kFoldedGrid},  // seven
     {8, 8, 704, 256, 2, kFoldedGrid},  // halves3
     {8, 8, 704, 256, 2, kFoldedGrid},  // halves4
+    {16, 8, 320, 64, 1, kTwoGrid},     // five1
+    {16, 8, 640, 64, 2, kTwoGrid},     // five2
+    {16, 8, 960, 64, 3, kTwoGrid},     // five3
     {8, 1, 0, 0, 0, kTwoGrid},         // generic, which has no units
 };
 constexpr const Properties& of(Layout layout) { return kProperties[static_cast<int>(layout)]; }
@@ -73,7 +83,7 @@ constexpr int kTileRows = 64;     // rows that lie interleaved
 constexpr int kChunkGroups = 32;  // groups that share a scale of their tables; their sums fit 16 bits
 // Tiles whose codes of the first chunk lie one after the other, then those of the second one: so the tables of a chunk
 // are read from the first-level cache, which does not hold all tables.
-constexpr int kBlockTiles = 4;
+constexpr int kBlockTiles = 8;
 constexpr int kMaxKept = 4;
 
 constexpr int chunks_of(int groups) { return (groups + kChunkGroups - 1) / kChunkGroups; }
@@ -83,7 +93,8 @@ constexpr int in_chunk(int groups, int chunk) {  // groups of it: the last one m
 constexpr int bytes_of(Layout layout, int groups) { return groups / of(layout).groups * of(layout).unit_bytes; }
 constexpr int chunk_tables(Layout layout) { return kChunkGroups * of(layout).table_bytes; }
 
-constexpr bool is_wide(Layout layout) { return layout == Layout::wide2 || layout == Layout::wide3; }
+constexpr bool is_wide(Layout layout) { return layout >= Layout::wide1 && layout <= Layout::wide3; }
+constexpr bool is_five(Layout layout) { return layout >= Layout::five1 && layout <= Layout::five3; }
 constexpr bool has_symbols(Layout layout) { return layout == Layout::single || layout == Layout::pair; }
 
 // Where a row of a tile lies within 64 bytes (32 for 16 rows of `pair`). The order is the one in which widening 8 to 16
@@ -95,14 +106,22 @@ constexpr int word_of(int row) {
 constexpr int byte_of(int row) { return row / 32 * 32 + 2 * word_of(row) + row / 16 % 2; }
 constexpr int pair_of(int row) { return row / 16 * 32 + 2 * word_of(row); }
 
-// triple, quad and wide: a byte for two half bytes, then bytes for the third one of two groups, then bytes with a bit for
-// each of eight groups, the first one uppermost. Half byte k is looked up in table_at, or, if its bit is set, in the
-// table after that.
-constexpr int third_at(int group) { return 512 + group / 2 * 64; }
+// triple, quad and wide: a byte for two half bytes of a group, then bytes for the third one (of wide1, the only one) of
+// two groups, then bytes with a bit for each of eight groups, the first one uppermost. If the bit of half byte k is set,
+// it stands for the negative of its entry.
+constexpr bool shared_byte(Layout layout, int k) { return k == 2 || of(layout).entries == 1; }
+constexpr int half_byte_at(Layout layout, int k, int group) {
+    return !shared_byte(layout, k) ? 64 * group : (k == 2 ? 512 : 0) + group / 2 * 64;
+}
+constexpr bool is_upper(Layout layout, int k, int group) { return (shared_byte(layout, k) ? group : k) % 2; }
 constexpr int bits_of(Layout layout) { return layout == Layout::quad ? 1 : is_wide(layout) ? of(layout).entries : 0; }
-constexpr int bit_at(Layout layout, int k) { return (of(layout).entries == 2 ? 512 : 768) + (is_wide(layout) ? 64 * k : 0); }
+constexpr int bit_at(Layout layout, int k) { return 256 * of(layout).entries + (is_wide(layout) ? 64 * k : 0); }
 constexpr bool has_bit(Layout layout, int k) { return is_wide(layout) || (layout == Layout::quad && k == 2); }
 constexpr int table_at(Layout layout, int k) { return is_wide(layout) ? 0 : 32 * k; }
+
+// five: five vectors of bytes for the k-th symbols of eight groups. The symbols of the last three are in the three
+// uppermost bits of these bytes.
+constexpr int kFiveBytes = 320;
 
 // Eight columns of the Hadamard matrix; bit j is 1 for +1.
 constexpr uint8_t kHadamard[12] = {255, 71, 142, 29, 58, 116, 233, 210, 164, 72, 145, 35};
@@ -138,7 +157,9 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
-// A linear in kernel order. The buffer holds the codes, then float32 row scales, then float32 column scales if any.
+// A linear in kernel order. The buffer holds the codes of a block of tiles and the float32 row scales of its rows, block
+// after block, then float32 column scales if any: all is read from end to end. Of a generic layout it holds all codes,
+// then all row scales.
 struct Shape {
     int rows, columns, n, m;
     bool column_scales;
@@ -153,7 +174,8 @@ struct Shape {
     size_t file_row_bytes() const;
     size_t tile_bytes() const;
     size_t chunk_at(int tile, int chunk) const;  // where the codes of a tile for a chunk are
-    size_t scales_offset() const;
+    size_t row_scale_at(int row) const;          // the rows of a tile lie one after the other
+    size_t column_scales_at() const;
     size_t bytes() const;
 };
 

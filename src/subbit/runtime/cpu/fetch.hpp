@@ -1,8 +1,6 @@
 // Fetching codes ahead of their use. Included by the translation unit of every x86 instruction set.
 #pragma once
 
-#include <xmmintrin.h>
-
 #include "codes.hpp"
 
 namespace subbit {
@@ -12,16 +10,15 @@ namespace {
 // alone stops at the end of a page.
 constexpr int kFar = 16384, kNear = 1024;
 
+// As assembly, because compilers gather intrinsics at the start of a loop, where loads wait behind all of them.
 inline void fetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kFar, _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(p) + kNear, _MM_HINT_T0);
+    asm volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" : : "r"(p), "i"(kFar), "i"(kNear) : "memory");
 }
 
-// Every eighth part of a unit fetches an eighth of the lines: loads wait behind many at once.
-template <Layout layout>
-inline void fetch_part(const uint8_t* unit, int j) {
-    constexpr int lines = of(layout).unit_bytes / 64;
-    for (int line = j * lines / 8; line < (j + 1) * lines / 8; line++) fetch(unit + 64 * line);
+// The j-th eighth of some lines.
+template <int lines>
+inline void fetch_part(const uint8_t* first, int j) {
+    for (int line = j * lines / 8; line < (j + 1) * lines / 8; line++) fetch(first + 64 * line);
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ inline void round_groups(const float* latents, size_t groups, int n, Sign* signs
         int32_t others[m];
         std::memcpy(latent, latents, sizeof latent);
         std::memcpy(others, latents, sizeof others);
-        for (int part = 0; part < parts; part++) size[part] = reinterpret_cast<Ints&>(latent[part]) & kSize;
+        std::memcpy(size, latents, sizeof size);
+        for (int part = 0; part < parts; part++) size[part] &= kSize;
 #pragma GCC unroll 16
         for (int j = 0; j < m; j++) {
             for (int part = 0; part < parts; part++)

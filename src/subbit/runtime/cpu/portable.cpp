@@ -14,17 +14,16 @@ void put(const Grid& grid, uint8_t* table, int i, float x) {
     table[16 + i] = static_cast<uint8_t>(value / grid.radix);
 }
 
-// -x and x of each column: halves of one table for 8 columns, two tables for 16.
+// -x and x of each column of 8; x of each of 16.
 float build_symbols(const Properties& properties, const float* x, int groups, uint8_t* tables) {
-    const int columns = properties.columns, other = columns == 8 ? 8 : 32;
+    const int columns = properties.columns;
     float largest = 0;
     for (int i = 0; i < columns * groups; i++) largest = std::fmax(largest, std::fabs(x[i]));
-    const float limit = static_cast<float>(properties.grid.zero - 1), inverse = largest > 0 ? limit / largest : 0;
+    const float limit = static_cast<float>(properties.grid.limit), inverse = largest > 0 ? limit / largest : 0;
     for (int g = 0; g < groups; g++, x += columns, tables += properties.table_bytes) {
         for (int j = 0; j < columns; j++) {
-            const float sign = columns == 8 ? -1 : 1;
-            put(properties.grid, tables, j, sign * x[j] * inverse);
-            put(properties.grid, tables + (other & 32), (other & 8) + j, -sign * x[j] * inverse);
+            put(properties.grid, tables, j, columns == 8 ? -x[j] * inverse : x[j] * inverse);
+            if (columns == 8) put(properties.grid, tables, 8 + j, x[j] * inverse);
         }
     }
     return largest / limit;
@@ -38,7 +37,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
         for (int j = 0; j < 8; j++) sum += std::fabs(x[8 * g + j]);
         largest = std::fmax(largest, 0.5F * sum);  // no sum of a table is larger
     }
-    const float limit = kThreeGrid.zero, inverse = largest > 0 ? limit / largest : 0;
+    const float limit = kThreeGrid.limit, inverse = largest > 0 ? limit / largest : 0;
     for (int g = 0; g < groups; g++, x += 8, tables += 128) {
         for (int i = 0; i < 16; i++) {
             float low = 0, high = 0, s = 0;
@@ -61,16 +60,17 @@ float build_portable(Layout layout, const float* inputs, int groups, uint8_t* ta
 
 // The product of a row with group j of a unit, zeros included.
 int look_up(Layout layout, const uint8_t* unit, const uint8_t* tables, int row, int j) {
+    const Grid& grid = of(layout).grid;
     int sum = 0;
     for (int k = 0; k < of(layout).entries; k++) {
-        const int at = has_symbols(layout) ? (layout == Layout::single ? byte_of(row) : pair_of(row) + k)
-                       : k == 2            ? third_at(j) + byte_of(row)
-                                           : 64 * j + byte_of(row);
-        const bool upper = (has_symbols(layout) || k == 2 ? j : k) % 2;
-        const int entry = upper ? unit[at] >> 4 : unit[at] & 15;
+        const int at = !has_symbols(layout)        ? half_byte_at(layout, k, j) + byte_of(row)
+                       : layout == Layout::single ? byte_of(row)
+                                                  : pair_of(row) + k;
+        const int entry = (has_symbols(layout) ? j % 2 : is_upper(layout, k, j)) ? unit[at] >> 4 : unit[at] & 15;
         const uint8_t* table = tables + table_at(layout, has_symbols(layout) ? 0 : k);
-        if (has_bit(layout, k) && unit[bit_at(layout, k) + byte_of(row)] >> (7 - j) & 1) table += 32;
-        sum += table[entry] + of(layout).grid.radix * table[16 + entry];
+        const int value = table[entry] + grid.radix * table[16 + entry];
+        const bool negative = has_bit(layout, k) && unit[bit_at(layout, k) + byte_of(row)] >> (7 - j) & 1;
+        sum += negative ? 2 * grid.zero - value : value;
     }
     return sum;
 }
