@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
-from subbit.errors import CheckpointError
+from subbit.errors import CheckpointError, UserError
 from subbit.evaluation.perplexity import Perplexity
 from subbit.integrations.transformers import register
 from subbit.models.source import ModelSource, open_source
@@ -82,6 +82,13 @@ def open_any(model: str | Path, trust_remote_code: bool = False) -> OpenedModel:
         open_checkpoint(model)
         return OpenedModel(model, None, trust_remote_code)
     return OpenedModel(model, open_source(model, trust_remote_code), trust_remote_code)
+
+
+def check_dense(model: str | Path, trust_remote_code: bool = False) -> None:
+    """UserError unless this is a dense model that can be read; no weights are."""
+    if is_compressed(Path(model)):
+        raise UserError(f"{model} is a compressed checkpoint; give the dense model")
+    open_source(model, trust_remote_code)
 
 
 def load_any(

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from subbit.checkpoint.reader import Checkpoint, is_compressed, open_checkpoint
 from subbit.errors import UserError
-from subbit.models.source import open_source
+from subbit.loading import check_dense
 from subbit.process import how_it_ended, run_module
 from subbit.progress import Progress, SilentProgress
 
@@ -139,9 +139,7 @@ def bench(
 def dense_model(checkpoint: Checkpoint, given: str | Path | None) -> str | None:
     """The dense model of a checkpoint: the one that is given, or that its config names and that is there; or None."""
     if given is not None:
-        if is_compressed(Path(given)):
-            raise UserError(f"{given} is a compressed checkpoint; give the dense model")
-        open_source(given)  # its errors are those of a user's mistake
+        check_dense(given)
         return str(given)
     names = (checkpoint.config.get(key) for key in ("_name_or_path", "_model_name_or_path"))
     there = (name for name in names if isinstance(name, str) and name and (Path(name) / "config.json").exists())

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 
 from subbit.calibration.text import check_context
-from subbit.checkpoint.reader import is_compressed
 from subbit.errors import UserError
-from subbit.loading import load_any
-from subbit.models.source import open_source
+from subbit.loading import check_dense, load_any
 from subbit.progress import Progress
 
 __all__ = ["PROMPTS", "Generation", "generate"]
@@ -55,9 +53,7 @@ def generate(
     if not all(prompts) or max_new_tokens < 1:
         raise UserError("give prompts that are not empty, and at least 1 new token")
     if reference is not None:
-        if is_compressed(Path(reference)):
-            raise UserError(f"{reference} is a compressed checkpoint; give the dense model")
-        open_source(reference, trust_remote_code)  # before minutes of writing by the compressed one
+        check_dense(reference, trust_remote_code)  # before minutes of writing by the compressed one
     ours = write_all(directory, prompts, max_new_tokens, device, trust_remote_code, progress)
     dense: Sequence[str | None] = [None] * len(prompts)
     if reference is not None:

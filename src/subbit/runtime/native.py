@@ -373,11 +373,7 @@ def is_plain(inputs: Tensor) -> bool:
 
 def linear(inputs: Tensor, spec: CodesSpec, packed: Tensor, bias: Tensor | None) -> Tensor:
     """``inputs`` (..., in) times a linear that :func:`repack` prepared, (..., out) in the dtype of ``inputs``."""
-    if is_plain(inputs):
-        return Product.of(spec, packed).run(inputs, bias)
-    described = (spec.out_features, spec.n, spec.m, spec.has_column_scales)
-    result: Tensor = torch.ops.subbit.linear(inputs, packed, bias, *described)
-    return result
+    return Product.of(spec, packed)(inputs, bias)
 
 
 def rows_linear(inputs: Tensor, spec: EmbeddingSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
