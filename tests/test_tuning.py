@@ -599,6 +599,7 @@ class Head(nn.Module):
 def test_divergence_is_that_of_the_whole_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against F.kl_div and autograd on all logits at once, though only a chunk of positions is in memory at a time."""
     monkeypatch.setattr(distilling, "CHUNK", 5)
+    monkeypatch.setattr(distilling, "CACHED", 100)  # two positions
     head = Head()
     student = torch.randn(2, 6, 16, generator=seeded(1))
     teacher = student + 0.5 * torch.randn(2, 6, 16, generator=seeded(2))
@@ -685,10 +686,10 @@ def test_the_teacher_is_the_dense_model(taught: tuple[Job, Tensor, Tensor, list[
             log_target=True,
             reduction="batchmean",
         )
-        found = mean_divergence(student, embedded, teacher, CPU)
+        found = mean_divergence(student, embedded, teacher, torch.float32, CPU)
     assert found == pytest.approx(float(expected), rel=1e-4)
     assert found > 0.1
-    assert mean_divergence(student, embedded[:0], teacher[:0], CPU) == 0.0
+    assert mean_divergence(student, embedded[:0], teacher[:0], torch.float32, CPU) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -701,7 +702,7 @@ def test_distillation_lowers_the_divergence(
     with outside_on_demand(job.model, job.layout, job.source, CPU):
         for checkpoint in (False, True):
             student = student_of(job, calls, job.source, checkpoint)
-            before = mean_divergence(student, embedded, teacher, CPU)
+            before = mean_divergence(student, embedded, teacher, dtype, CPU)
             losses: list[float] = []
             distill(
                 student,
@@ -715,7 +716,7 @@ def test_distillation_lowers_the_divergence(
                 device=CPU,
                 after_step=lambda done, loss, _, losses=losses: losses.append(loss),  # type: ignore[misc]
             )
-            assert mean_divergence(student, embedded, teacher, CPU) < 0.8 * before
+            assert mean_divergence(student, embedded, teacher, dtype, CPU) < 0.8 * before
             results.append(parameters_of(student))
             steps.append(losses)
     assert len(steps[0]) == 12
@@ -897,8 +898,9 @@ def test_distillation_that_changes_nothing_writes_the_same_shards(
 def test_distillation_starts_from_the_compressed_model(source: Path, recipe_for: Recipes, tmp_path: Path) -> None:
     """Its divergence before is that of the model without distillation, on the windows held out."""
     options = {"calibration": {"samples": 3, "seq_len": 16}}
+    one_step = {"steps": 1, "held_out": 2, "precision": "float32"}
     subbit.compress(source, recipe_for("codes", **options), tmp_path / "without")
-    subbit.compress(source, recipe_for("codes", **options, distillation={"steps": 1, "held_out": 2}), tmp_path / "with")
+    subbit.compress(source, recipe_for("codes", **options, distillation=one_step), tmp_path / "with")
     # the calibration text again, through the same public way: an unfinished run keeps its windows
     windows = saved_windows(source, recipe_for("codes", **options), tmp_path / "windows")
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -1032,6 +1034,17 @@ def test_steps_that_tune_nothing_are_one_line(section: str) -> None:
         assert "\n" not in str(caught.value)
     Recipe.create({"method": "codes", section: {**none, "latent_rate": 0.1}})
     Recipe.create({"method": "codes", section: {**none, "steps": 0}})
+
+
+def test_windows_of_distillation_that_cannot_be_are_one_line(
+    source: Path, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"give distillation\.samples as well"):
+        Recipe.create({"method": "codes", "distillation": {"steps": 1, "seq_len": 512}})
+    longer = {"steps": 1, "samples": 3, "seq_len": 10_000}
+    with pytest.raises(UserError, match="10000 tokens is beyond the model's context") as caught:
+        subbit.compress(source, recipe_for("codes", calibration=SMALL, distillation=longer), tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("section", ["reconstruction", "distillation"])
@@ -1255,9 +1268,9 @@ def test_killed_after_every_step(
 def test_distillation_on_windows_of_its_own(
     stages: tuple[str, ...], source: Path, recipe_for: Recipes, tmp_path: Path
 ) -> None:
-    """Other text than the layers saw, and what the dense model makes of it; killed at the end, resumed."""
+    """Other and longer text than the layers saw, what the dense model makes of it; killed at the end, resumed."""
     tuning: dict[str, Any] = {stage: TUNING[stage] for stage in stages}
-    tuning["distillation"] = {**TUNING["distillation"], "samples": 6}
+    tuning["distillation"] = {**TUNING["distillation"], "samples": 6, "seq_len": SMALL["seq_len"] + 8}
     recipe = recipe_for("codes", calibration=SMALL, options={"sweeps": 1}, **tuning)
     subbit.compress(source, recipe, tmp_path / "whole")
 
@@ -1267,9 +1280,9 @@ def test_distillation_on_windows_of_its_own(
 
     assert in_a_fork(run)
     kept = load_file(tmp_path / "out" / ".subbit" / "distillation-text.safetensors")
-    assert len(kept["windows"]) == 6
+    assert kept["windows"].shape == (6, SMALL["seq_len"] + 8)
     layers = load_file(tmp_path / "out" / ".subbit" / "windows.safetensors")["windows"]
-    assert not torch.equal(kept["windows"][: len(layers)], layers)
+    assert not torch.equal(kept["windows"][: len(layers), : layers.shape[1]], layers)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     seen: list[Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -22,7 +22,7 @@ from subbit.models.source import ModelSource
 from subbit.models.streaming import LayerCall, capture_inputs, outside_on_demand, release, run_head
 from subbit.packing.layout import read_spec
 from subbit.progress import Report
-from subbit.tuning.distill import Student, distill, mean_divergence, optimizer_tensors
+from subbit.tuning.distill import Head, Student, distill, mean_divergence, optimizer_tensors
 from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.precision import resolve_precision
 from subbit.tuning.tunable import Tunable, make_tunable
@@ -33,9 +33,7 @@ SAVE_SECONDS = 300.0  # between two saved states: at most so much work is lost
 ERROR_TOKENS = 4096  # that the output errors of the tuned linears are measured on
 
 
-def own_text(
-    job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase, calls: list[LayerCall]
-) -> tuple[Tensor, Tensor]:
+def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Windows (samples, seq_len) for distillation alone, and what leaves the dense model's last decoder layer on them.
 
     Whatever goes through all stages of the layers costs several times as much a window, and the more different text
@@ -43,10 +41,10 @@ def own_text(
     """
     saved = writer.load_work("distillation-text")
     if saved is None:
-        samples = job.recipe.distillation.samples
-        windows, origin = job.draw_windows(tokenizer, samples, job.recipe.calibration.seed + 1)
-        job.progress.line(f"distillation: {origin}, {samples} windows of {windows.shape[1]} tokens")
-        hidden = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)[0]
+        samples, seq_len = job.recipe.distillation.samples, job.recipe.distillation_seq_len
+        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.calibration.seed + 1)
+        job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
+        hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
         for layer in job.dense_pass("dense model", hidden, calls, names=()):
             hidden = layer.after
         saved = {"windows": windows, "teacher": hidden}
@@ -54,9 +52,7 @@ def own_text(
     return saved["windows"], saved["teacher"]
 
 
-def distill_model(
-    job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tensor, teacher: Tensor, calls: list[LayerCall]
-) -> None:
+def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tensor, teacher: Tensor) -> None:
     """Tune scales, norms and latents of all layers, then write all shards again. Goes on where a killed run was.
 
     Args:
@@ -64,18 +60,15 @@ def distill_model(
         teacher: (samples, seq_len, hidden) float32, what leaves the last decoder layer of the dense model.
     """
     settings = job.recipe.distillation
-    embedded = capture_inputs(job.model, job.layout, source, windows, device=job.device)[0]
+    embedded, calls = capture_inputs(job.model, job.layout, source, windows, device=job.device)
     layers = [load_layer(job, writer, index) for index in range(job.layout.num_layers)]
     with ExitStack() as stack:
         stack.enter_context(outside_on_demand(job.model, job.layout, source, job.device))
         for layer in layers:
             stack.callback(release, layer)
-        student = Student(
-            layers,
-            calls,
-            lambda hidden: run_head(job.model, job.layout, source, hidden, device=job.device, gradient=True),
-            settings.checkpoint_activations,
-        )
+        dtype = resolve_precision(settings.precision, job.device)
+        head = make_head(job, source, embedded[:1, :1], dtype)
+        student = Student(layers, calls, head, settings.checkpoint_activations)
         saved = writer.load_work("distillation") or {}
         start = int(saved["step"]) if "step" in saved else 0
         if start:
@@ -83,7 +76,7 @@ def distill_model(
             job.progress.line(f"resuming: {start} of {settings.steps} steps of distillation are done")
         train = len(windows) - min(settings.held_out, len(windows) - 1)
         held_out = embedded[train:], teacher[train:]
-        before = float(saved["before"]) if "before" in saved else measure(job, student, *held_out)
+        before = float(saved["before"]) if "before" in saved else measure(job, student, *held_out, dtype)
         with job.progress.stage("distillation") as report:
             keeper = Keeper(job, writer, layers, report, before)
             distill(
@@ -94,7 +87,7 @@ def distill_model(
                 batch=settings.batch,
                 rates=Rates(settings.latent_rate, settings.scale_rate, settings.norm_rate),
                 seed=job.recipe.calibration.seed,
-                dtype=resolve_precision(settings.precision, job.device),
+                dtype=dtype,
                 device=job.device,
                 start=start,
                 optimizer_state={
@@ -102,7 +95,7 @@ def distill_model(
                 },
                 after_step=keeper,
             )
-        after = measure(job, student, *held_out)
+        after = measure(job, student, *held_out, dtype)
         facts: dict[str, float | None] = {"before": before, "after": after}
         said = f"divergence on held-out windows {before:.3f} → {after:.3f} nats a token"
         if train == len(windows):
@@ -113,9 +106,22 @@ def distill_model(
         write_layers(job, writer, layers, tuned, errors, facts)
 
 
-def measure(job: Job, student: Student, embedded: Tensor, teacher: Tensor) -> float:
+def make_head(job: Job, source: ModelSource, any_hidden: Tensor, dtype: torch.dtype) -> Head:
+    """Final norm and output matrix, for use inside ``outside_on_demand``; the matrix is kept in ``dtype``."""
+
+    def head(hidden: Tensor) -> Tensor:
+        return run_head(job.model, job.layout, source, hidden, device=job.device, gradient=True)
+
+    head(any_hidden)  # fills it
+    matrix = job.model.get_output_embeddings()
+    if isinstance(matrix, nn.Linear):  # else what is made of it is the model's affair
+        matrix.weight.data = matrix.weight.data.to(dtype)
+    return head
+
+
+def measure(job: Job, student: Student, embedded: Tensor, teacher: Tensor, dtype: torch.dtype) -> float:
     """Divergence on the windows held out; UserError when it is no number."""
-    value = mean_divergence(student, embedded, teacher, job.device)
+    value = mean_divergence(student, embedded, teacher, dtype, job.device)
     if not math.isfinite(value):
         raise UserError("distillation diverged; lower its learning rates")
     return value

@@ -67,7 +67,9 @@ class Job:
         distillation = self.recipe.distillation
         return bool(self.recipe.reconstruction.steps or (distillation.steps and not distillation.samples))
 
-    def draw_windows(self, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int) -> tuple[Tensor, str]:
+    def draw_windows(
+        self, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+    ) -> tuple[Tensor, str]:
         """Windows (samples, seq_len) int64 of the calibration's source, and a line that says where they are from."""
         calibration = self.recipe.calibration
         with self.progress.stage(f"calibration text ({calibration.source})") as report:
@@ -75,7 +77,7 @@ class Job:
                 calibration.source,
                 tokenizer,
                 samples,
-                calibration.seq_len,
+                seq_len,
                 seed,
                 load_model=self.source.load_model,
                 progress=report,

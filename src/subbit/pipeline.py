@@ -81,8 +81,8 @@ def compress(
         else:
             plan = make_plan(job, may_be_empty=bool(embeddings.specs))
             text = recipe.calibration
-            check_context(skeleton, text.seq_len)
-            windows, origin = job.draw_windows(tokenizer, text.samples, text.seed)
+            check_context(skeleton, max(text.seq_len, recipe.distillation_seq_len if recipe.distillation.steps else 0))
+            windows, origin = job.draw_windows(tokenizer, text.samples, text.seq_len, text.seed)
             progress.line(f"calibration: {origin}, {text.samples} windows of {text.seq_len} tokens")
             check_space(Path(out), estimate_bytes(job, windows))
             packed = pack_matrices(job, embeddings)
@@ -102,8 +102,8 @@ def compress(
         if recipe.distillation.steps and "distillation" not in writer.state:
             quantized = quantized_source(job, embeddings, packed)
             if recipe.distillation.samples:
-                windows, hidden["teacher"] = own_text(job, writer, tokenizer, calls)
-            distill_model(job, quantized, writer, windows, hidden["teacher"], calls)
+                windows, hidden["teacher"] = own_text(job, writer, tokenizer)
+            distill_model(job, quantized, writer, windows, hidden["teacher"])
     rest = pack_rest(job, embeddings, packed, read_rest(job))
     writer.finish(rest, lambda directory: save_extras(job, writer, tokenizer, directory))
     writer.log("finished")
@@ -122,7 +122,7 @@ def estimate_bytes(job: Job, windows: Tensor) -> int:
     head = 2 * config.vocab_size * config.hidden_size * source.dtype.itemsize
     needed = hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
     if distillation.steps:
-        needed += distillation.samples * windows.shape[1] * config.hidden_size * 4
+        needed += distillation.samples * job.recipe.distillation_seq_len * config.hidden_size * 4
         layers = range(job.layout.num_layers)
         weights = sum(linear.weight.numel() for index in layers for linear in job.linears(index).values())
         needed += weights // 2

@@ -81,6 +81,7 @@ class Distillation(Section):
     steps: int = Field(default=0, ge=0)  # of the optimizer; 0: off
     batch: int = Field(default=4, ge=1)  # windows a step
     samples: int = Field(default=0, ge=0)  # windows of its own, from the calibration's source; 0: the calibration's
+    seq_len: int = Field(default=0, ge=0)  # tokens in each of its own windows; 0: as many as in the calibration's
     latent_rate: float = Field(default=0.0, ge=0)  # codes; too high a rate destroys the model (docs/log.md)
     scale_rate: float = Field(default=1e-3, ge=0)
     norm_rate: float = Field(default=1e-3, ge=0)
@@ -188,10 +189,17 @@ class Recipe(Section):
             rates = (section.latent_rate if self.method == "codes" else 0, section.scale_rate, section.norm_rate)
             if section.steps and not any(rates):
                 raise ValueError(f"{name}: with all learning rates at 0 there is nothing to tune; say steps: 0")
+        if self.distillation.seq_len and not self.distillation.samples:
+            raise ValueError("distillation.seq_len is of windows of its own: give distillation.samples as well")
         for override in self.overrides.values():
             if override.sparsity is not None:
                 self.options.check(Sparsity.parse(override.sparsity))
         return self
+
+    @property
+    def distillation_seq_len(self) -> int:
+        """Tokens in each window of distillation."""
+        return self.distillation.seq_len or self.calibration.seq_len
 
     @property
     def distills_latents(self) -> bool:

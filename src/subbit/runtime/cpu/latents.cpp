@@ -13,6 +13,7 @@ namespace subbit {
 namespace {
 
 constexpr size_t kPartGroups = 4096;  // that a thread takes at a time
+constexpr size_t kAhead = 512;        // latents between the one that is rounded and the one that is fetched
 
 // Vectors of `lanes` latents, which the compiler maps to those of the processor.
 template <int lanes>
@@ -87,6 +88,7 @@ __attribute__((target("avx512f"))) inline void round_vectors(const float* latent
     const bool bytes = sizeof(Sign) == 1;
     const __m512i plus = _mm512_set1_epi32(bytes ? 1 : kOne), minus = _mm512_set1_epi32(bytes ? -1 : kMinus | kOne);
     for (size_t vector = 0; vector < vectors; vector++, latents += 16, signs += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(latents + kAhead), _MM_HINT_T0);
         const __m512 latent = _mm512_loadu_ps(latents);
         const __m512i size = _mm512_and_si512(_mm512_castps_si512(latent), _mm512_set1_epi32(kSize));
         __m512i before = _mm512_setzero_si512();
