@@ -15,12 +15,13 @@ import pytest
 import torch
 from checkpoints import change_file, logits_of
 from families import save_model, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subbit
 from subbit import CheckpointError, Recipe
+from subbit.checkpoint.files import DTYPES, write_tensors
 from subbit.runtime.linear import SubbitLinear
 
 Recipes = Callable[..., Recipe]
@@ -156,6 +157,15 @@ def test_only_open_formats_are_written(compressed: Callable[[str], Path]) -> Non
     suffixes = {path.suffix for path in compressed("llama-gqa").rglob("*")}
     assert suffixes <= {".safetensors", ".json", ".jsonl", ".yaml", ".md"}
     assert not [path for path in compressed("llama-gqa").rglob("*") if path.name.startswith(".")]
+
+
+def test_files_are_what_safetensors_writes(tmp_path: Path) -> None:
+    """Byte by byte, for all dtypes, scalars, empty and strided tensors, names of any language."""
+    tensors = {f"{number}": torch.arange(number % 4).to(dtype) for number, dtype in enumerate(DTYPES)}
+    tensors |= {"ä.b": torch.tensor(1.5), "b": torch.zeros(0, 3), "a": torch.randn(3, 5).half().T}
+    write_tensors(tmp_path / "file.safetensors", tensors)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "file.safetensors").read_bytes() == save(plain, metadata={"format": "pt"})
 
 
 def test_nothing_is_unpickled(compressed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

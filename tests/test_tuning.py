@@ -1036,9 +1036,7 @@ def test_steps_that_tune_nothing_are_one_line(section: str) -> None:
     Recipe.create({"method": "codes", section: {**none, "steps": 0}})
 
 
-def test_windows_of_distillation_that_cannot_be_are_one_line(
-    source: Path, recipe_for: Recipes, tmp_path: Path
-) -> None:
+def test_windows_of_distillation_that_cannot_be_are_one_line(source: Path, recipe_for: Recipes, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give distillation\.samples as well"):
         Recipe.create({"method": "codes", "distillation": {"steps": 1, "seq_len": 512}})
     longer = {"steps": 1, "samples": 3, "seq_len": 10_000}

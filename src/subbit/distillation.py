@@ -39,7 +39,8 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
     Whatever goes through all stages of the layers costs several times as much a window, and the more different text
     distillation sees, the less it fits a text instead of the teacher.
     """
-    saved = writer.load_work("distillation-text")
+    name = "distillation-text"
+    saved = writer.load_work(name)
     if saved is None:
         samples, seq_len = job.recipe.distillation.samples, job.recipe.distillation_seq_len
         windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.calibration.seed + 1)
@@ -47,8 +48,7 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
         for layer in job.dense_pass("dense model", hidden, calls, names=()):
             hidden = layer.after
-        saved = {"windows": windows, "teacher": hidden}
-        writer.save_work("distillation-text", saved)
+        saved = writer.save_work(name, {"windows": windows, "teacher": hidden})
     return saved["windows"], saved["teacher"]
 
 
@@ -61,6 +61,7 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
     """
     settings = job.recipe.distillation
     embedded, calls = capture_inputs(job.model, job.layout, source, windows, device=job.device)
+    embedded = writer.save_work("distillation-inputs", {"embedded": embedded})["embedded"]
     layers = [load_layer(job, writer, index) for index in range(job.layout.num_layers)]
     with ExitStack() as stack:
         stack.enter_context(outside_on_demand(job.model, job.layout, source, job.device))

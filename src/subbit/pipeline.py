@@ -122,7 +122,8 @@ def estimate_bytes(job: Job, windows: Tensor) -> int:
     head = 2 * config.vocab_size * config.hidden_size * source.dtype.itemsize
     needed = hidden + head + sum(source.tensor(name).numel() for name in source.names) // 2
     if distillation.steps:
-        needed += distillation.samples * job.recipe.distillation_seq_len * config.hidden_size * 4
+        tokens = distillation.samples * job.recipe.distillation_seq_len or windows.numel()
+        needed += 2 * tokens * config.hidden_size * 4
         layers = range(job.layout.num_layers)
         weights = sum(linear.weight.numel() for index in layers for linear in job.linears(index).values())
         needed += weights // 2

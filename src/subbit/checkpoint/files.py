@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from subbit.errors import CheckpointError, UserError
@@ -38,6 +38,12 @@ INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "subbit_manifest.json"
 RECIPE_FILE = "subbit_recipe.yaml"
 LOG_FILE = "subbit_log.jsonl"
+# As safetensors spells them, in the order in which it stores them: the widest first, so that all are aligned.
+DTYPES = {
+    **{torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"},
+    **{torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16"},
+    **{torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"},
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Atomic safetensors; equal tensors give equal bytes."""
-    contents = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    write_atomically(path, lambda file: file.write(contents))
+    """Atomic; the bytes that ``safetensors.torch.save`` gives, which would hold all of them in memory twice."""
+    ordered = sorted(tensors.items(), key=lambda item: (list(DTYPES).index(item[1].dtype), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: Any) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    write_atomically(path, write)

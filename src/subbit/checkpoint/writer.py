@@ -184,9 +184,15 @@ class CheckpointWriter:
         del self.state["staged"]
         self._write_state()
 
-    def save_work(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors of an unfinished stage, atomically; :meth:`load_work` reads them after a resume."""
-        write_tensors(self._work / f"{name}.safetensors", tensors)
+    def save_work(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep tensors of an unfinished stage, atomically; :meth:`load_work` reads them after a resume.
+
+        Returns:
+            The same tensors, read from the file as they are used: memory that the system can take back.
+        """
+        path = self._work / f"{name}.safetensors"
+        write_tensors(path, tensors)
+        return load_file(path)
 
     def load_work(self, name: str) -> dict[str, Tensor] | None:
         """What :meth:`save_work` kept; None when there is nothing.
