@@ -139,10 +139,9 @@ def read_evaluations(directory: Path) -> list[Measurement]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         version = contents["subbit_evaluation"]
-        measured = [
-            Measurement(str(m["kind"]), dict(m["protocol"]), dict(m["values"])) for m in contents["measurements"]
-        ]
-        good = all(map(has_numbers, measured))
+        listed = contents["measurements"] if version == VERSION else []  # another one may spell them differently
+        measured = [Measurement(str(m["kind"]), dict(m["protocol"]), dict(m["values"])) for m in listed]
+        good = isinstance(version, int) and all(map(has_numbers, measured))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         version, measured, good = VERSION, [], False
     if not good:
