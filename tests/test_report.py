@@ -214,7 +214,9 @@ def test_a_damaged_record_is_one_line(contents: str, tmp_path: Path) -> None:
 
 def test_a_newer_record_is_refused(tmp_path: Path) -> None:
     """With what to do."""
-    newer = '{"subbit_evaluation": 2, "measurements": [{"kind": "perplexity", "protocol": {}, "values": {"value": "9"}}]}'
+    newer = (
+        '{"subbit_evaluation": 2, "measurements": [{"kind": "perplexity", "protocol": {}, "values": {"value": "9"}}]}'
+    )
     (tmp_path / "evaluation.json").write_text(newer)
     with pytest.raises(UserError, match="pip install -U subbit"):
         read_evaluations(tmp_path)
