@@ -412,7 +412,7 @@ def test_what_is_tuned() -> None:
 
 
 def test_the_schedule() -> None:
-    """A warm-up over a tenth of the steps that begins with next to nothing, then half a cosine to a twentieth."""
+    """A warm-up over a tenth of the steps, 16 at most, from next to nothing; then half a cosine to a twentieth."""
     layer = Layer()
     optimizer = make_optimizer([layer], Rates(1.0, 0.5, 0.25))
     shares = []
@@ -428,6 +428,9 @@ def test_the_schedule() -> None:
     assert shares[50] == pytest.approx(0.05 + 0.95 / 2)
     assert shares[99] == pytest.approx(0.05, abs=1e-3)
     assert shares[10:] == sorted(shares[10:], reverse=True)
+    for step, least in ((15, 0.85), (16, 0.99)):
+        set_rate(optimizer, step, 1000)
+        assert least < optimizer.param_groups[0]["lr"] <= least + 0.1
     set_rate(optimizer, 0, 1)
     assert optimizer.param_groups[0]["lr"] > 0.5
 

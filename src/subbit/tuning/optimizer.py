@@ -14,6 +14,7 @@ from subbit.tuning.tunable import Tunable
 __all__ = ["Rates", "make_optimizer", "set_rate", "tuned_norms"]
 
 WARM_UP = 0.1  # of all steps
+WARM_UP_STEPS = 16  # at most: at a low rate latents leave the edge at random, and do not come far (docs/log.md)
 LAST = 0.05  # of the rate that is left at the end
 
 
@@ -62,6 +63,6 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     signs and positions that are near the edge: until its moments are worth something, the rate is next to nothing.
     """
     share = (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)) + LAST
-    warm = min(1.0, (step + 1) / (1 + WARM_UP * steps)) ** 2
+    warm = min(1.0, (step + 1) / (1 + min(WARM_UP * steps, WARM_UP_STEPS))) ** 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * share * warm
