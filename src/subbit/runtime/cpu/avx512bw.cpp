@@ -1,7 +1,7 @@
 // AVX-512 without VBMI: one `pshufb` looks 64 rows up in a table of 16 bytes, as in avx2.cpp, which fills these tables.
 //
-// Where that takes fewer bits, tables have 32 or 64 entries of 16 bits, and one `vpermw` or `vpermi2w` looks 32 rows up: it
-// ignores the other bits of a 16-bit number, whose bytes are the indices of two rows.
+// For 1:4 and N:16, tables have 64 or 32 entries of 16 bits, and one `vpermi2w` or `vpermw` looks 32 rows up. It ignores all
+// but the lowest bits of a 16-bit number, whose two bytes are the indices of two rows.
 #include "avx512.hpp"
 
 namespace subbit {

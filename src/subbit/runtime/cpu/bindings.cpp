@@ -29,6 +29,9 @@ std::vector<const Kernels*> available() {
 #ifdef SUBBIT_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
 #endif
+#ifdef SUBBIT_NEON
+    list.push_back(&neon_kernels);
+#endif
     list.push_back(&portable_kernels);
     return list;
 }

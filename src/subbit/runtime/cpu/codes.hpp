@@ -165,6 +165,9 @@ extern const Kernels avx2_kernels;
 #ifdef SUBBIT_AVX512
 extern const Kernels avx512_kernels, avx512bw_kernels;
 #endif
+#ifdef SUBBIT_NEON
+extern const Kernels neon_kernels;
+#endif
 
 // A linear in kernel order. The buffer holds the codes of a block of tiles and the float32 row scales of its rows, block
 // after block, then float32 column scales if any: all is read from end to end. Of a generic layout it holds all codes,
