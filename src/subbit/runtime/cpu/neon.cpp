@@ -207,11 +207,12 @@ inline uint8x16_t half_bytes(const uint8_t* unit, int k, int j) {
 template <Layout layout>
 inline void add_signs(const uint8_t* codes, const uint8_t* tables, int groups, Planes (&sums)[2]) {
     constexpr bool quad = layout == Layout::quad;
-    for (int unit = 0; unit < groups; unit += 8, codes += of(layout).unit_bytes) {
-        SUBBIT_UNROLLED
-        for (int j = 0; j < 8; j++, tables += of(layout).table_bytes) {
-            for (int v = 0; v < 2; v++) {
-                const uint8_t* mine = codes + 16 * v;
+    constexpr int size = of(layout).table_bytes;
+    for (int unit = 0; unit < groups; unit += 8, codes += of(layout).unit_bytes, tables += 8 * size) {
+        for (int v = 0; v < 2; v++) {
+            const uint8_t* mine = codes + 16 * v;
+            SUBBIT_UNROLLED
+            for (int j = 0; j < 8; j++) {
                 const uint8x16_t left = half_bytes<layout>(mine, 0, j), right = half_bytes<layout>(mine, 1, j);
                 uint8x16_t whole = half_bytes<layout>(mine, 2, j);
                 if (quad) {
@@ -219,7 +220,7 @@ inline void add_signs(const uint8_t* codes, const uint8_t* tables, int groups, P
                     whole = vbslq_u8(vdupq_n_u8(16), vshlq_u8(bits, vdupq_n_s8(static_cast<int8_t>(j - 3))), whole);
                 }
                 const auto sum = [&](int plane) {
-                    const auto table = [&](int k) { return vld1q_u8(tables + 32 * k + plane); };
+                    const auto table = [&](int k) { return vld1q_u8(tables + size * j + 32 * k + plane); };
                     const uint8x16_t s = quad ? vqtbl2q_u8({{table(2), table(3)}}, whole) : vqtbl1q_u8(table(2), whole);
                     return vaddq_u8(vaddq_u8(vqtbl1q_u8(table(0), left), vqtbl1q_u8(table(1), right)), s);
                 };
