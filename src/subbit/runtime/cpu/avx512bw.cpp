@@ -48,7 +48,8 @@ float build_avx512bw(Layout layout, const float* inputs, int groups, uint8_t* ta
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
 
-// The sums of 32 rows in 16 bits, without a sign, gathered in 32 bits, in the same way as Wide does.
+// The sums of four entries of 32 rows, in 16 bits without a sign, gathered in 32 bits in the same way as Wide does.
+static_assert(4 * (kTwoGrid.zero + kTwoGrid.limit) < 1 << 16 && 4 * (kFoldedGrid.zero + kFoldedGrid.limit) < 1 << 16);
 struct Words {
     __m512i both = _mm512_setzero_si512(), upper = _mm512_setzero_si512();
 
@@ -77,7 +78,7 @@ inline __m512i look_up(const uint8_t* table, __m512i index) {
     return _mm512_permutex2var_epi16(load(table), index, load(table + 64));
 }
 
-// six and five: 16 bits hold four entries.
+// six and five.
 template <Layout layout>
 inline void add_words(const uint8_t* codes, const uint8_t* tables, int groups, Halves& sums) {
     constexpr int bytes = of(layout).unit_bytes / of(layout).entries, size = of(layout).table_bytes;

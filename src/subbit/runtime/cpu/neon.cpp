@@ -44,7 +44,7 @@ inline void put(uint8_t* table, const int32x4_t (&entries)[4]) {
 
 inline int32x4_t to_grid(float32x4_t x, int zero) { return vaddq_s32(vdupq_n_s32(zero), vcvtnq_s32_f32(x)); }
 
-// -x and x of eight columns, and for five, of sixteen: the negative ones come first and last.
+// -x and x of eight columns; for five, x and -x of sixteen.
 template <bool five>
 float build_symbols(const float* x, int groups, uint8_t* tables) {
     constexpr int columns = five ? 16 : 8, radix = kTwoGrid.radix;
