@@ -265,11 +265,13 @@ def test_tensors_of_another_shape_are_refused() -> None:
 def test_memory(n: int, m: int, isa: str) -> None:
     """The order of the kernels takes at most 1.3 times the codes of the file (4/3 for two), four bytes for a scale.
 
-    With tables of 64 entries, no more bytes than the file for three, and at most 2/9 more.
+    With tables of 64 entries, no more bytes than the file for three (with some of them, for 1:4), and at most 2/9 more.
     """
     spec = CodesSpec(1024, 4096, n, m, True)
     size = native.shape_of_spec(spec).bytes - 4 * (1024 + 4096)
     limit = 4 / 3 if (n, m) in ((1, 4), (3, 8)) else 1.3
+    if native.variant() in ("AVX512BW", "NEON"):
+        limit = 1.0 if (n, m) == (1, 4) else limit
     if native.variant() == "AVX512VBMI":
         limit = 11 / 9 if (n, m) == (3, 8) else 1.0 if (n, m) in ((1, 4), (2, 8), (4, 8)) else limit
     assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))

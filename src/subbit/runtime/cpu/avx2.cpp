@@ -404,6 +404,6 @@ void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int 
     (!whole ? add_rows : matrix.bits == 8 ? of_8_bits : of_4_bits)(matrix, inputs, first, count, sums);
 }
 
-const Kernels avx2_kernels{"AVX2", false, build_avx2, add_avx2, read_avx2, rows_avx2};
+const Kernels avx2_kernels{"AVX2", Order::small, build_avx2, add_avx2, read_avx2, rows_avx2};
 
 }  // namespace subbit

@@ -22,11 +22,15 @@ std::vector<const Kernels*> available() {
     // The compiler's runtime says so only where the system keeps these registers, too.
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f");
     all = all && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    all = all && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
-    if (all) list.push_back(&avx512_kernels);
+    all = all && __builtin_cpu_supports("avx512bw");
+    if (all && __builtin_cpu_supports("avx512vbmi")) list.push_back(&avx512_kernels);
+    if (all) list.push_back(&avx512bw_kernels);
 #endif
 #ifdef SUBBIT_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
+#endif
+#ifdef SUBBIT_NEON
+    list.push_back(&neon_kernels);
 #endif
     list.push_back(&portable_kernels);
     return list;
@@ -60,7 +64,7 @@ NB_MODULE(_native, module) {
     nb::class_<Shape>(module, "Shape")
         .def("__init__",
              [](Shape* shape, int rows, int columns, int n, int m, bool column_scales, const Kernels& kernels) {
-                 new (shape) Shape{rows, columns, n, m, column_scales, kernels.folded};
+                 new (shape) Shape{rows, columns, n, m, column_scales, kernels.order};
              })
         .def_prop_ro("bytes", &Shape::bytes);
     module.def("variants", [] {

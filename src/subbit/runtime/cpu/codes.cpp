@@ -181,9 +181,9 @@ struct Book {
 
 const Book& book_of(const Shape& shape) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, int, bool>, std::unique_ptr<Book>> books;
+    static std::map<std::tuple<int, int, Order>, std::unique_ptr<Book>> books;
     const std::lock_guard<std::mutex> guard(mutex);
-    std::unique_ptr<Book>& book = books[{shape.n, shape.m, shape.folded}];
+    std::unique_ptr<Book>& book = books[{shape.n, shape.m, shape.order}];
     if (!book) book = std::make_unique<Book>(shape);
     return *book;
 }
@@ -222,7 +222,7 @@ void write_row(uint8_t* row, int count, int width, const uint16_t* words) {
 struct Second {
     int shift, plus;
 
-    explicit Second(const Shape& shape) : shift(shape.folded ? 3 : 4), plus(shape.folded ? 0 : 4) {}
+    explicit Second(Layout layout) : shift(layout == Layout::six ? 3 : 4), plus(layout == Layout::six ? 0 : 4) {}
 };
 
 // `codes` is zeroed and holds shape.groups().
@@ -232,7 +232,7 @@ void codes_of(const Shape& shape, const Book& book, const uint16_t* words, uint1
         for (int i = 0; i < count; i++) codes[i] = book.code[words[i]];
         return;
     }
-    const Second place(shape);
+    const Second place(shape.layout());
     for (int i = 0; i < count; i += 2) {
         // Half of a last group: its second symbol is a column that is not there, and zero.
         const int second = i + 1 < count ? book.code[words[i + 1]] : 0;
@@ -242,7 +242,7 @@ void codes_of(const Shape& shape, const Book& book, const uint16_t* words, uint1
 
 // The inverse.
 void words_of(const Shape& shape, const Book& book, const uint16_t* codes, uint16_t* words) {
-    const Second place(shape);
+    const Second place(shape.layout());
     for (int i = 0; i < shape.codewords(); i++) {
         words[i] = shape.m != 4 ? book.word[codes[i]]
                    : i % 2      ? book.word[static_cast<uint16_t>((codes[i / 2] >> place.shift) - place.plus)]
@@ -487,16 +487,16 @@ std::vector<Field> fields_of(Layout layout, int group) {
 }
 
 Layout Shape::layout() const {
-    if (m == 4 && n == 1) return folded ? Layout::six : Layout::pair;
+    if (m == 4 && n == 1) return order == Order::small ? Layout::pair : Layout::six;
     if (m == 16 && n <= 3) {
         constexpr Layout wide[] = {Layout::wide1, Layout::wide2, Layout::wide3};
         constexpr Layout five[] = {Layout::five1, Layout::five2, Layout::five3};
-        return (folded ? five : wide)[n - 1];
+        return (order == Order::small ? wide : five)[n - 1];
     }
     if (m != 8) return Layout::generic;
     constexpr Layout whole[] = {Layout::single, Layout::pair, Layout::triple, Layout::quad};
     constexpr Layout halved[] = {Layout::single, Layout::seven, Layout::halves3, Layout::halves4};
-    return (folded ? halved : whole)[n - 1];
+    return (order == Order::large ? halved : whole)[n - 1];
 }
 
 int Shape::width() const { return bits_for(binomial(m, n)) + n; }

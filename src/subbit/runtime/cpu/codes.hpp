@@ -23,6 +23,8 @@ namespace subbit {
 // signs.
 //
 // In tables of 64 entries (folded.hpp) an entry is a vector of weights, or its negative: a bit more.
+//
+// Order says who uses which of them.
 enum class Layout {
     single,   // 1:8, a symbol a group: half a byte
     pair,     // 2:8 and 1:4, two symbols a group: a byte
@@ -51,6 +53,13 @@ constexpr Grid kTwoGrid{128, 8192, 8191}, kThreeGrid{86, 3697, 3697};
 constexpr Grid kFoldedGrid{127, 8128, 8127};
 // Bytes are from -63 to 63, and a sum of two has 128 added.
 constexpr Grid kSignedGrid{127, 8192, 8064};
+
+// The layouts that kernels read, by what they look up fastest.
+enum class Order {
+    small,  // tables of 16 entries
+    mixed,  // of 16 for N:8, of 32 for N:16, of 64 for 1:4
+    large,  // of 16 for 1:8, of 32 for N:16, of 64 otherwise
+};
 
 struct Properties {
     int columns;      // of a group
@@ -139,7 +148,7 @@ std::vector<Field> fields_of(Layout layout, int group);
 // What differs between instruction sets.
 struct Kernels {
     const char* name;
-    bool folded;  // whether tables have 64 entries where that saves bits
+    Order order;
     // Fill the tables of a chunk of `groups` groups from their inputs; returns the value of one step of the grid.
     float (*build)(Layout, const float* inputs, int groups, uint8_t* tables);
     // sums[r] += step * (sum over the groups of a chunk of row r), for the rows of `tiles` tiles.
@@ -154,7 +163,10 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 #endif
 #ifdef SUBBIT_AVX512
-extern const Kernels avx512_kernels;
+extern const Kernels avx512_kernels, avx512bw_kernels;
+#endif
+#ifdef SUBBIT_NEON
+extern const Kernels neon_kernels;
 #endif
 
 // A linear in kernel order. The buffer holds the codes of a block of tiles and the float32 row scales of its rows, block
@@ -163,7 +175,7 @@ extern const Kernels avx512_kernels;
 struct Shape {
     int rows, columns, n, m;
     bool column_scales;
-    bool folded;  // of the kernels that will read it
+    Order order;  // of the kernels that will read it
 
     Layout layout() const;
     int width() const;                             // bits of a codeword in the file

@@ -102,6 +102,6 @@ uint64_t read_portable(const uint8_t* bytes, size_t count) {
 
 }  // namespace
 
-const Kernels portable_kernels{"portable", false, build_portable, add_portable, read_portable, add_rows};
+const Kernels portable_kernels{"portable", Order::small, build_portable, add_portable, read_portable, add_rows};
 
 }  // namespace subbit
