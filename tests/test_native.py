@@ -6,6 +6,7 @@ Run with `pytest tests/test_native.py`; tests/sanitize.sh runs it under the addr
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 from collections.abc import Iterator
@@ -192,6 +193,22 @@ def test_special_inputs(isa: str) -> None:
     assert native.linear(torch.ones(512), spec, packed, None).shape == (70,)
     strided = torch.randn(512, 4, 6, generator=torch.Generator().manual_seed(5)).permute(2, 1, 0)
     assert relative_error(native.linear(strided, spec, packed, None), strided.double() @ dense.T) <= BOUND
+
+
+@pytest.mark.parametrize(("n", "m"), EVERY_NM)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+def test_an_input_that_is_no_number_is_not_lost(value: float, n: int, m: int, isa: str) -> None:
+    """Nothing finite where it counts, wherever it stands; other inputs of the batch are as ever."""
+    linear = random_linear(n, m, 70, 528, seed=5)
+    spec, packed = repacked(linear)
+    dense = linear.dense()
+    for column in (0, 77, 255, 527):
+        inputs = torch.randn(3, 528, generator=torch.Generator().manual_seed(column))
+        expected = inputs.double() @ dense.double().T
+        inputs[1, column] = value
+        output = native.linear(inputs, spec, packed, None)
+        assert not output[1, dense[:, column] != 0].isfinite().any()
+        assert relative_error(output[::2], expected[::2]) <= BOUND
 
 
 # --- codewords ----------------------------------------------------------------------------------------------------

@@ -31,11 +31,15 @@ inline __m256i low_nibble(__m256i x) { return _mm256_and_si256(x, _mm256_set1_ep
 inline __m256i high_nibble(__m256i x) { return low_nibble(_mm256_srli_epi16(x, 4)); }
 
 inline __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), x); }
-inline float largest_lane(__m256 x) {
-    float lanes[8], largest = 0;
-    _mm256_storeu_ps(lanes, x);
-    for (const float lane : lanes) largest = lane > largest ? lane : largest;
-    return largest;
+// The largest magnitude, or NaN if there is one: as integers, magnitudes have the same order, and NaN is the largest.
+inline float largest_of(const float* x, int count) {
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < count; i += 8) {
+        most = _mm256_max_epi32(most, _mm256_castps_si256(magnitude(_mm256_loadu_ps(x + i))));
+    }
+    __m128i lanes = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    lanes = _mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4E));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0xB1))));
 }
 inline float sum_of_lanes(__m256 x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -57,9 +61,7 @@ inline void put(uint8_t* table, __m256i first, __m256i second) {
 }
 
 float build_symbols(const float* x, int groups, uint8_t* tables) {
-    __m256 most = _mm256_setzero_ps();
-    for (int g = 0; g < groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
-    const float largest = largest_lane(most), limit = kTwoGrid.limit;
+    const float largest = largest_of(x, 8 * groups), limit = kTwoGrid.limit;
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
     const __m256i zero = _mm256_set1_epi32(kTwoGrid.zero);
     for (int g = 0; g < groups; g++, x += 8, tables += 32) {
@@ -98,7 +100,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
     float most = 0;
     for (int g = 0; g < groups; g++) {
         const float whole = sum_of_lanes(magnitude(_mm256_loadu_ps(x + 8 * g)));
-        most = whole > most ? whole : most;
+        most = whole <= most || most != most ? most : whole;  // NaN stays
     }
     const float largest = 0.5F * most, limit = kThreeGrid.limit;  // no sum of a table is larger
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
@@ -116,9 +118,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
 // not after each of them was negated.
 float build_wide(const float* x, int groups, uint8_t* tables) {
     constexpr int radix = kSignedGrid.radix, limit = kSignedGrid.limit;
-    __m256 most = _mm256_setzero_ps();
-    for (int g = 0; g < 2 * groups; g++) most = _mm256_max_ps(most, magnitude(_mm256_loadu_ps(x + 8 * g)));
-    const float largest = largest_lane(most);
+    const float largest = largest_of(x, 16 * groups);
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? limit / largest : 0);
     const __m256i zero = _mm256_set1_epi32(limit);
     for (int g = 0; g < groups; g++, x += 16, tables += 32) {

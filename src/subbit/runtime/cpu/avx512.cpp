@@ -84,13 +84,13 @@ inline void put_half(const float* x, __m512 inverse, uint8_t* table) {
 
 // The largest sum of the magnitudes of four columns.
 inline float largest_half(const float* x, int count) {
-    __m512 most = _mm512_setzero_ps();
+    __m512i most = _mm512_setzero_si512();
     for (int i = 0; i < count; i += 16) {
         const __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + i));
         const __m512 pairs = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));
-        most = _mm512_max_ps(most, _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)));
+        most = larger_of(most, _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)));
     }
-    return _mm512_reduce_max_ps(most);
+    return largest_lane(most);
 }
 
 // No entry is larger than `largest`.

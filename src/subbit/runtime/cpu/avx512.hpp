@@ -68,10 +68,17 @@ inline void add_pairs(const Pairs& pairs, const float* x, __m512 inverse, __m512
     }
 }
 
+// The largest of magnitudes, or NaN if there is one: as integers, magnitudes have the same order, and NaN is the largest.
+inline __m512i larger_of(__m512i most, __m512 magnitudes) {
+    return _mm512_max_epi32(most, _mm512_castps_si512(magnitudes));
+}
+inline float largest_lane(__m512i most) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
+}
 inline float largest_of(const float* x, int count) {
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < count; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    return _mm512_reduce_max_ps(most);
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < count; i += 16) most = larger_of(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+    return largest_lane(most);
 }
 
 // ---- sums ------------------------------------------------------------------------------------------------------------

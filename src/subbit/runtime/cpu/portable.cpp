@@ -9,16 +9,19 @@ namespace {
 
 // Entry i of a table: x, rounded to the grid. Ties go to even and -x is rounded like x: errors do not add up.
 void put(const Grid& grid, uint8_t* table, int i, float x) {
-    const int value = grid.zero + static_cast<int>(std::nearbyint(x));
+    const int value = grid.zero + (std::isfinite(x) ? static_cast<int>(std::nearbyint(x)) : 0);
     table[i] = static_cast<uint8_t>(value % grid.radix);
     table[16 + i] = static_cast<uint8_t>(value / grid.radix);
 }
+
+// NaN if one of the two is NaN.
+float larger_of(float a, float b) { return b <= a || std::isnan(a) ? a : b; }
 
 // -x and x of each column of 8; x of each of 16.
 float build_symbols(const Properties& properties, const float* x, int groups, uint8_t* tables) {
     const int columns = properties.columns;
     float largest = 0;
-    for (int i = 0; i < columns * groups; i++) largest = std::fmax(largest, std::fabs(x[i]));
+    for (int i = 0; i < columns * groups; i++) largest = larger_of(largest, std::fabs(x[i]));
     const float limit = static_cast<float>(properties.grid.limit), inverse = largest > 0 ? limit / largest : 0;
     for (int g = 0; g < groups; g++, x += columns, tables += properties.table_bytes) {
         for (int j = 0; j < columns; j++) {
@@ -35,7 +38,7 @@ float build_signs(const float* x, int groups, uint8_t* tables) {
     for (int g = 0; g < groups; g++) {
         float sum = 0;
         for (int j = 0; j < 8; j++) sum += std::fabs(x[8 * g + j]);
-        largest = std::fmax(largest, 0.5F * sum);  // no sum of a table is larger
+        largest = larger_of(largest, 0.5F * sum);  // no sum of a table is larger
     }
     const float limit = kThreeGrid.limit, inverse = largest > 0 ? limit / largest : 0;
     for (int g = 0; g < groups; g++, x += 8, tables += 128) {
