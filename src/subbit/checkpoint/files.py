@@ -19,6 +19,7 @@ from torch import Tensor
 from subbit.errors import CheckpointError, UserError
 
 __all__ = [
+    "DTYPES",
     "FORMAT_VERSION",
     "INDEX_FILE",
     "LOG_FILE",

@@ -8,14 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, StoredTensor, read_header, sha256
+from subbit.checkpoint.files import DTYPES, FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, StoredTensor, read_header, sha256
 from subbit.errors import CheckpointError
 from subbit.packing.embedding import PackedEmbeddings
 from subbit.packing.layout import LinearSpec, read_spec
 
 __all__ = ["Checkpoint", "check_format_version", "is_compressed", "open_checkpoint"]
-
-SAFETENSORS_DTYPES = {"torch.uint8": "U8", "torch.float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Checkpoint:
                 stored = self.tensors.get(f"{name}.{key}")
                 if stored is None:
                     raise CheckpointError(f"{self.directory}: the packed tensor {name}.{key} is missing")
-                if stored.shape != shape or stored.dtype != SAFETENSORS_DTYPES[str(dtype)]:
+                if stored.shape != shape or stored.dtype != DTYPES[dtype]:
                     found = f"{stored.dtype} {list(stored.shape)}"
                     raise CheckpointError(f"{self.directory}: {name}.{key} is {found}, not {dtype} {list(shape)}")
         for name in self.config["quantization_config"]["left_dense"]:

@@ -77,7 +77,7 @@ def kl_sum(student: Tensor, teacher: Tensor, slope: Tensor | None) -> float:
         slope: the same shape and dtype; gets the gradient, which is the student's probabilities minus the teacher's.
     """
     total = 0.0
-    rows = max(1, CACHED // student.shape[-1]) if student.is_cpu else max(1, len(student))
+    rows = max(1, CACHED // student.shape[-1] if student.is_cpu else len(student))
     for first in range(0, len(student), rows):
         part = slice(first, first + rows)
         wanted, have = teacher[part].float().log_softmax(-1), student[part].float().log_softmax(-1)

@@ -14,15 +14,6 @@
 namespace subbit {
 namespace {
 
-#ifdef __clang__
-#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
-#endif
-
-template <Layout layout>
-constexpr int kLines = of(layout).unit_bytes / 64;
-
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline __m256i load_table(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -13,12 +13,6 @@
 namespace subbit {
 namespace {
 
-#ifdef __clang__
-#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
-#endif
-
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i load_table(const uint8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -82,9 +76,6 @@ inline float largest_of(const float* x, int count) {
 }
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
-
-template <Layout layout>
-constexpr int kLines = of(layout).unit_bytes / 64;
 
 // Sums of 16 rows, and of 16 rows `apart` of their first eight, += step * (whole - zero). Both have eight in each half.
 template <int apart>

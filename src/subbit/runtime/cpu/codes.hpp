@@ -13,6 +13,13 @@
 #include "numbers.hpp"
 #include "rows.hpp"
 
+// Before a loop of a few constant iterations.
+#ifdef __clang__
+#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
+#endif
+
 namespace subbit {
 
 // A symbol is one kept weight of a group: its column, and whether it is positive.

@@ -15,6 +15,10 @@ inline void fetch(const uint8_t* p) {
     asm volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" : : "r"(p), "i"(kFar), "i"(kNear) : "memory");
 }
 
+// Of 64 bytes, in a unit.
+template <Layout layout>
+constexpr int kLines = of(layout).unit_bytes / 64;
+
 // The j-th eighth of some lines.
 template <int lines>
 inline void fetch_part(const uint8_t* first, int j) {

@@ -12,12 +12,6 @@
 namespace subbit {
 namespace {
 
-#ifdef __clang__
-#define SUBBIT_UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define SUBBIT_UNROLLED _Pragma("GCC unroll 8")
-#endif
-
 // ---- tables ----------------------------------------------------------------------------------------------------------
 
 inline float largest_of(const float* x, int count) {
