@@ -103,7 +103,8 @@ def recipe_for(text_file: Path) -> Callable[..., Recipe]:
     """
 
     def build(method: str = "pbs2p", **fields: Any) -> Recipe:
-        calibration = {"source": str(text_file), "samples": 4, "seq_len": 32, **fields.pop("calibration", {})}
+        calibration = {"source": str(text_file), "samples": 4, "seq_len": 32, "precision": "float32"}
+        calibration |= fields.pop("calibration", {})
         options = {**QUICK.get(method, {}), **fields.pop("options", {})}
         return Recipe.create({"method": method, "calibration": calibration, "options": options, **fields})
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -304,6 +305,15 @@ def test_the_seed_changes_the_calibration(checkpoint_of: CheckpointOf) -> None:
     """And with it the result."""
     one, two = (stored_tensors(checkpoint_of("llama-mha", calibration={"seed": seed})) for seed in (0, 1))
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_text_in_bfloat16_finds_nearly_the_same(checkpoint_of: CheckpointOf) -> None:
+    """What is stored comes from other roundings, and is as good."""
+    checkpoints = [checkpoint_of("llama-mha", calibration={"precision": dtype}) for dtype in ("float32", "bfloat16")]
+    one, two = map(stored_tensors, checkpoints)
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    exact, rounded = (fmean(linear["error"] for linear in events(out, "linear")) for out in checkpoints)
+    assert rounded == pytest.approx(exact, rel=0.05)
 
 
 def test_a_singular_gram_raises_the_damping_and_says_so(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def job_of(directory: Path, recipe: Recipe) -> Job:
 def test_cosine_importance_is_that_of_the_whole_dense_model(family: str, tmp_path: Path) -> None:
     """1 / mean cosine of every decoder layer's input and output, taken from Hugging Face's own hidden states."""
     save_tiny(family, tmp_path)
-    job = job_of(tmp_path, Recipe.create({"allocation": {"kind": "cosine"}}))
+    job = job_of(tmp_path, Recipe.create({"allocation": {"kind": "cosine"}, "calibration": {"precision": "float32"}}))
     with torch.no_grad():
         hidden, calls = capture_inputs(job.model, job.layout, job.source, WINDOWS)
         importance = measured_importance(job, hidden, calls)

@@ -482,7 +482,8 @@ def test_the_first_token_has_its_share() -> None:
 def job_of(directory: Path) -> Job:
     source = open_source(directory)
     model = source.skeleton()
-    return Job(source, model, find_layout(model), Recipe(), CPU, SilentProgress())
+    recipe = Recipe.create({"calibration": {"precision": "float32"}})
+    return Job(source, model, find_layout(model), recipe, CPU, SilentProgress())
 
 
 def compressed_layer(job: Job, index: int, method: str, sparsity: str, **options: Any) -> nn.Module:

@@ -95,11 +95,9 @@ class Job:
     def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
         """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, some samples at a time.
 
-        One at a time where token norms are clipped: that is done window by window. In mixed precision where the layer
-        is tuned in it.
+        One at a time where token norms are clipped: that is done window by window.
         """
-        tuning = self.recipe.reconstruction
-        dtype = resolve_precision(tuning.precision, self.device) if tuning.steps else torch.float32
+        dtype = resolve_precision(self.recipe.calibration.precision, self.device)
         batch = 1 if self.recipe.calibration.clip_norm else max(1, TOKENS // hidden.shape[1])
         with mixed_precision(dtype, self.device):
             output = [run_layer(self.layer(index), call, part.to(self.device)).cpu() for part in hidden.split(batch)]

@@ -44,6 +44,9 @@ class Calibration(Section):
     clip_norm: float = Field(
         default=2.0, ge=0
     )  # tokens longer than this multiple of the median count as that long; 0: off
+    precision: Precision = (
+        "auto"  # of matrix products when the text runs through the layers; auto: bfloat16 where the hardware has it
+    )
     min_expert_tokens: float = Field(
         default=1.0, ge=0
     )  # an expert with fewer tokens than this multiple of in_features gets statistics of all experts besides; 0: off
@@ -70,9 +73,7 @@ class Reconstruction(Section):
         default=1.0, ge=0, le=2
     )  # what a token's error counts, (its size / the median)^this: 0 all tokens alike, 2 mean square
     first_token: float = Field(default=0.1, ge=0, lt=1)  # share of a window that its first token has at least
-    precision: Precision = (
-        "auto"  # of matrix products, of what enters and leaves the layer too; auto: bfloat16 where the hardware has it
-    )
+    precision: Precision = "auto"  # of matrix products, as above
 
 
 class Distillation(Section):

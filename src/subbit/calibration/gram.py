@@ -16,6 +16,8 @@ from subbit.models.layout import ExpertName
 
 __all__ = ["GramCollector", "clip_token_norms"]
 
+BLOCK = 384  # columns of a Gram that are computed at a time: wide enough for a fast product
+
 
 def clip_token_norms(tokens: Tensor, multiple: float) -> Tensor:
     """``tokens`` (tokens, in), those longer than ``multiple`` times the median norm scaled down to that length.
@@ -27,6 +29,16 @@ def clip_token_norms(tokens: Tensor, multiple: float) -> Tensor:
         return tokens
     norm = tokens.norm(dim=1, keepdim=True)
     return tokens * (multiple * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
+
+
+def add_upper_gram(total: Tensor, tokens: Tensor) -> None:
+    """Add XᵀX of ``tokens`` (tokens, in) to the upper triangle of ``total`` (in, in); what is below has no meaning.
+
+    Block rows from the diagonal on: half of the arithmetic for a large ``in``.
+    """
+    for first in range(0, tokens.shape[1], BLOCK):
+        rows = tokens[:, first : first + BLOCK]
+        total[first : first + BLOCK, first:].addmm_(rows.T, tokens[:, first:])
 
 
 class GramCollector:
@@ -44,7 +56,7 @@ class GramCollector:
         self._min_expert_tokens = min_expert_tokens
         self._linears = linears
         self._leaders: dict[str, str] = {}  # linear → the first linear with the same input
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # upper triangles
         self._tokens: dict[str, int] = {}
         self._norms: dict[str, list[Tensor]] = {}  # of every token, not clipped
         self._pools: dict[tuple[str, str], tuple[Tensor, int]] = {}  # sums and tokens over all experts
@@ -76,7 +88,7 @@ class GramCollector:
         if name not in self._sums:
             self._sums[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
             self._tokens[name] = 0
-        self._sums[name].addmm_(tokens.T, tokens)
+        add_upper_gram(self._sums[name], tokens)
         self._tokens[name] += len(tokens)
 
     def shared(self) -> dict[str, list[str]]:
@@ -121,10 +133,10 @@ class GramCollector:
         if name is not None and borrowed:
             shared, count = self._pool(name)
             total = total + shared * (borrowed / count)
-        return total / max(tokens + borrowed, 1)
+        return (total.triu() + total.triu(1).T) / max(tokens + borrowed, 1)
 
     def _pool(self, name: ExpertName) -> tuple[Tensor, int]:
-        """XᵀX of what all experts of a layer saw in the place of one linear, and how many tokens that is."""
+        """XᵀX (upper triangle) of what all experts of a layer saw in the place of one linear, and their tokens."""
         if name.pool not in self._pools:
             others = {other: ExpertName.parse(other) for other in self._leaders}
             leaders = [self._leaders[other] for other, parts in others.items() if parts and parts.pool == name.pool]
