@@ -59,6 +59,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "32 × 512 tokens": {"calibration": {"samples": 32, "seq_len": 512}},
     "512 × 512 tokens": {"calibration": {"samples": 512, "seq_len": 512}},
     "32 × 2048 tokens": {"calibration": {"samples": 32, "seq_len": 2048}},
+    "layers tuned, 64 steps": {"reconstruction": {"steps": 64, "batch": 2}},
+    "layers tuned, then all, 240 steps": {
+        "reconstruction": {"steps": 64, "batch": 2},
+        "distillation": {"steps": 240, "batch": 1, "held_out": 4},
+    },
 }
 STBLLM_CHANGES: dict[str, dict[str, Any]] = {
     "as the paper writes it": STBLLM_PAPER,
@@ -197,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dataset", action="append", help="to evaluate on, repeatable; default: wikitext2")
     parser.add_argument("--eval-seq-len", type=int, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--max-windows", type=int, default=20, help="of the text's start (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the evaluation (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder of the checkpoints; default: beside the results")
     parser.add_argument("--keep", action="store_true", help="do not delete evaluated checkpoints")
     parser.add_argument("--retry", action="store_true", help="run failed entries again")
@@ -214,7 +220,10 @@ def main() -> int:
             print("\n".join(entry.title for entry in entries))
             return 0
         protocol = Protocol(
-            tuple(args.dataset or ["wikitext2"]), seq_len=args.eval_seq_len, max_windows=args.max_windows
+            tuple(args.dataset or ["wikitext2"]),
+            seq_len=args.eval_seq_len,
+            max_windows=args.max_windows,
+            dtype=args.dtype,
         )
         settings = {name: getattr(args, name) for name in ("work", "keep", "retry", "unpack", "device")}
         subbit.sweep(args.model, entries, args.out, protocol, progress=ConsoleProgress(), **settings)
