@@ -17,16 +17,18 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from subbit.calibration.text import load_text, tokenize
 from subbit.loading import open_any
 from subbit.models.layout import find_layout, layer_linears
+
+if TYPE_CHECKING:  # not at run time, when kernels.py beside this file would be taken for a package of that name
+    from transformers import PreTrainedModel
 
 
 def perplexity(model: nn.Module, windows: Tensor) -> float:
