@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import subbit
 from subbit import CheckpointError, Recipe, UserError
 from subbit.checkpoint import files
+from subbit.checkpoint.lock import LOCK_FILE
 from subbit.checkpoint.reader import open_checkpoint
 
 Recipes = Callable[..., Recipe]
@@ -65,8 +66,8 @@ def undisturbed(source: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathF
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory but the log, whose lines carry times."""
-    paths = [path for path in directory.rglob("*") if not path.is_dir() and path.name != LOG]
+    """Every file below a directory but the log, whose lines carry times, and the lock, which names a process."""
+    paths = [path for path in directory.rglob("*") if not path.is_dir() and path.name not in (LOG, LOCK_FILE)]
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
@@ -333,6 +334,24 @@ def test_the_way_out_of_a_damaged_state_works(
     """With a state that cannot be read, overwriting gives what a new run gives."""
     (unfinished / ".subbit" / "state.json").write_bytes(b"{")
     subbit.compress(source, recipe, unfinished, overwrite=True)
+    assert contents(unfinished) == contents(undisturbed)
+
+
+def test_one_process_at_a_time(source: Path, recipe: Recipe, unfinished: Path, undisturbed: Path) -> None:
+    """Who comes second is told of the first, and changes nothing; when the first is killed, the way is free."""
+    code = (
+        "import sys; from pathlib import Path; from subbit.checkpoint.lock import lock_directory; "
+        "out = Path(sys.argv[1]); held = lock_directory(out, out / '.subbit'); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(unfinished)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        for way in ("resume", "overwrite"):
+            message = refused(source, recipe, unfinished, **{way: True})
+            assert f"is being written by another process ({process.pid})" in message
+        process.kill()
+    subbit.compress(source, recipe, unfinished, resume=True)
     assert contents(unfinished) == contents(undisturbed)
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,6 +33,7 @@ from subbit.checkpoint.files import (
     write_tensors,
     write_text,
 )
+from subbit.checkpoint.lock import LOCK_FILE, lock_directory
 from subbit.checkpoint.reader import read_json
 from subbit.errors import CheckpointError, UserError
 from subbit.recipe import Recipe
@@ -59,6 +60,7 @@ class CheckpointWriter:
         self.state: dict[str, Any] = {}
         self.finished = False  # an earlier run completed all of it
         self._clear = False
+        self._lock: IO[str] | None = None
         if not directory.exists():
             return
         if not directory.is_dir():
@@ -110,9 +112,13 @@ class CheckpointWriter:
 
         Args:
             hidden: hidden states by the model they belong to, such as "student" and "teacher".
+
+        Raises:
+            UserError: another process writes there.
         """
         with disk_errors(self.directory):
             self._work.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_directory(self.directory, self._work)
             if self._clear:
                 self._remove_earlier()
         write_tensors(self._work / "windows.safetensors", {"windows": windows})
@@ -125,9 +131,10 @@ class CheckpointWriter:
         for path in (self.directory / "config.json", self._work / "state.json", self.directory / MANIFEST_FILE):
             path.unlink(missing_ok=True)
         for path in [*self.directory.iterdir(), *self._work.iterdir()]:
+            if path in (self._work, self._work / LOCK_FILE):
+                continue
             if path.is_dir() and not path.is_symlink():
-                if path != self._work:
-                    shutil.rmtree(path)
+                shutil.rmtree(path)
             else:
                 path.unlink()
 
@@ -135,8 +142,10 @@ class CheckpointWriter:
         """The calibration windows and the hidden states that enter the next layer; checks the finished shards.
 
         Raises:
-            UserError: something of the unfinished run is damaged.
+            UserError: something of the unfinished run is damaged, or another process goes on with it.
         """
+        with disk_errors(self.directory):
+            self._lock = lock_directory(self.directory, self._work)
         if self.state.get("staged"):
             self._move_staged()
         for layer in self.state["layers"]:
@@ -229,6 +238,8 @@ class CheckpointWriter:
         """Delete what only an unfinished run needs, the state first; does no harm when there is nothing left of it."""
         with disk_errors(self.directory):
             (self._work / "state.json").unlink(missing_ok=True)
+            if self._lock is not None:
+                self._lock.close()
             if self._work.is_dir():
                 shutil.rmtree(self._work)
 
