@@ -41,6 +41,17 @@ def add_upper_gram(total: Tensor, tokens: Tensor) -> None:
         total[first : first + BLOCK, first:].addmm_(rows.T, tokens[:, first:])
 
 
+def mirrored(upper: Tensor) -> Tensor:
+    """A new symmetric matrix of the upper triangle of ``upper`` (in, in)."""
+    gram = upper.clone()
+    for first in range(0, len(gram), BLOCK):
+        part = slice(first, first + BLOCK)
+        corner = gram[part, part]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        gram[part, :first] = gram[:first, part].T
+    return gram
+
+
 class GramCollector:
     """Collects H = XᵀX / tokens, float32, of every linear while a decoder layer runs; use it as a context manager.
 
@@ -133,7 +144,7 @@ class GramCollector:
         if name is not None and borrowed:
             shared, count = self._pool(name)
             total = total + shared * (borrowed / count)
-        return (total.triu() + total.triu(1).T) / max(tokens + borrowed, 1)
+        return mirrored(total).div_(max(tokens + borrowed, 1))
 
     def _pool(self, name: ExpertName) -> tuple[Tensor, int]:
         """XᵀX (upper triangle) of what all experts of a layer saw in the place of one linear, and their tokens."""
