@@ -60,8 +60,7 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
         teacher: (samples, seq_len, hidden) float32, what leaves the last decoder layer of the dense model.
     """
     settings = job.recipe.distillation
-    embedded, calls = capture_inputs(job.model, job.layout, source, windows, device=job.device)
-    embedded = writer.save_work("distillation-inputs", {"embedded": embedded})["embedded"]
+    embedded, calls = embed(job, source, writer, windows)
     layers = [load_layer(job, writer, index) for index in range(job.layout.num_layers)]
     with ExitStack() as stack:
         stack.enter_context(outside_on_demand(job.model, job.layout, source, job.device))
@@ -105,6 +104,16 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
         tuned = [tuned_linears(job, layer, index) for index, layer in enumerate(layers)]
         errors = output_errors(job, tuned, embedded, calls)
         write_layers(job, writer, layers, tuned, errors, facts)
+
+
+def embed(job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """What enters the first decoder layer, (samples, seq_len, hidden) in a file of the run, and the calls of all."""
+    name = "distillation-inputs"
+    saved = writer.load_work(name)
+    if saved is not None:  # at least two windows, for calls that differ between them to be noticed
+        return saved["embedded"], capture_inputs(job.model, job.layout, source, windows[:2], device=job.device)[1]
+    embedded, calls = capture_inputs(job.model, job.layout, source, windows, device=job.device)
+    return writer.save_work(name, {"embedded": embedded})["embedded"], calls
 
 
 def make_head(job: Job, source: ModelSource, any_hidden: Tensor, dtype: torch.dtype) -> Head:
