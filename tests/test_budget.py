@@ -496,7 +496,7 @@ def test_an_effort_fills_in_what_is_left_open() -> None:
     before = copy.deepcopy(EFFORTS)
     given = {"bits": 1.0, "calibration": {"samples": 3}, "options": {"damping": 0.5}, "reconstruction": {"steps": 0}}
     copied = copy.deepcopy(given)
-    values = with_effort("standard", given)
+    values = with_effort("standard", given, matrix_units=True)
     expected = copy.deepcopy(EFFORTS["standard"])
     assert values["method"] == "codes"
     assert values["bits"] == 1.0
@@ -511,6 +511,19 @@ def test_an_effort_fills_in_what_is_left_open() -> None:
             with_effort("fast", {"method": method})
     with pytest.raises(UserError, match="there is no effort 'heroic'; choose fast, standard, best"):
         with_effort("heroic", {})
+
+
+def test_standard_is_shorter_without_matrix_units() -> None:
+    """Of the whole model alone, and what is given counts more; the other efforts are the same everywhere."""
+    quick, slow = (with_effort("standard", {"bits": 1.0}, matrix_units=units) for units in (True, False))
+    assert slow["distillation"]["steps"] < quick["distillation"]["steps"] / 2
+    assert slow["distillation"]["samples"] >= slow["distillation"]["steps"] * slow["distillation"]["batch"]
+    assert {**slow, "distillation": quick["distillation"]} == quick
+    given = with_effort("standard", {"distillation": {"steps": 7}}, matrix_units=False)
+    assert given["distillation"]["steps"] == 7
+    for effort in ("fast", "best"):
+        assert with_effort(effort, {}, matrix_units=True) == with_effort(effort, {}, matrix_units=False)
+    assert with_effort("standard", {}) in (with_effort("standard", {}, matrix_units=units) for units in (True, False))
 
 
 def test_options_of_the_command_line_become_a_recipe(tmp_path: Path) -> None:

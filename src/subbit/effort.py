@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from subbit.errors import UserError
+from subbit.tuning.precision import has_matrix_units
 
 __all__ = ["EFFORTS", "with_effort"]
 
-# Times are for a model of 135 million parameters and grow with the parameters; one core of a processor with bfloat16
-# instructions (AMX). Without them tuning takes several times as long.
+# Times are for a model of 135 million parameters, one core of a processor with matrix units for bfloat16 (AMX). They
+# grow with the parameters, and without such units tuning takes several times as long.
 EFFORTS: dict[str, dict[str, Any]] = {
     # no tuning: minutes
     "fast": {
@@ -33,14 +34,24 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What stays within an hour on two cores without matrix units.
+WITHOUT_MATRIX_UNITS: dict[str, dict[str, Any]] = {"standard": {"distillation": {"steps": 360, "samples": 728}}}
 
-def with_effort(effort: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe values, with those of an effort where ``values`` says nothing; UserError for an unknown effort."""
+
+def with_effort(effort: str, values: Mapping[str, Any], matrix_units: bool | None = None) -> dict[str, Any]:
+    """Recipe values, with those of an effort where ``values`` says nothing; UserError for an unknown effort.
+
+    Args:
+        matrix_units: whether the recipe is for hardware that has them; None: for this machine.
+    """
     if effort not in EFFORTS:
         raise UserError(f"there is no effort {effort!r}; choose {', '.join(EFFORTS)}")
     if values.get("method", "codes") != "codes":
         raise UserError(f"effort is for method codes, not {values['method']}")
-    return merge(EFFORTS[effort], {"method": "codes", **values})
+    below = EFFORTS[effort]
+    if not (has_matrix_units() if matrix_units is None else matrix_units):
+        below = merge(below, WITHOUT_MATRIX_UNITS.get(effort, {}))
+    return merge(below, {"method": "codes", **values})
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

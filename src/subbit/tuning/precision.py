@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Precision", "mixed_precision", "product_dtype", "resolve_precision"]
+__all__ = ["Precision", "has_matrix_units", "mixed_precision", "product_dtype", "resolve_precision"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -22,6 +22,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def has_matrix_units() -> bool:
+    """Whether this machine multiplies bfloat16 matrices many times as fast as float32 ones: a GPU, or AMX."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch before 2.7 may not say
+    return torch.cuda.is_available() or bool(amx and amx())
 
 
 def mixed_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
