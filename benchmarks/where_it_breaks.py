@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,18 +37,14 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
     return math.exp(sum(nlls) / len(nlls))
 
 
-def linears_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Linears of the decoder layers by full name."""
     layout = find_layout(model)
-    return {
-        f"{layout.layer_name(index)}.{name}": linear
-        for index, layer in enumerate(layout.layers(model))
-        for name, linear in layer_linears(layer).items()
-    }
+    return {f"{layout.layers_prefix}.{name}": one for name, one in layer_linears(layout.layers(model)).items()}
 
 
 @contextmanager
-def made_dense(model: PreTrainedModel, linears: dict[str, nn.Module]) -> Iterator[None]:
+def made_dense(model: PreTrainedModel, linears: Mapping[str, nn.Module]) -> Iterator[None]:
     """These linears of the dense model in the place of those of ``model``."""
     own = {name: model.get_submodule(name) for name in linears}
     try:

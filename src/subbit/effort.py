@@ -34,7 +34,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What stays within an hour on two cores without matrix units.
+# Meant for an hour on two cores without matrix units; counted from the arithmetic, not measured.
 WITHOUT_MATRIX_UNITS: dict[str, dict[str, Any]] = {"standard": {"distillation": {"steps": 360, "samples": 728}}}
 
 

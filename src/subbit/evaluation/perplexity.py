@@ -193,13 +193,10 @@ def split_windows(model: PreTrainedModel, token_ids: Tensor, seq_len: int, max_w
 def _window_nll(logits: Tensor, window: Tensor) -> float:
     """Mean NLL in nats of the seq_len - 1 predictions in a window [seq_len], from their logits [seq_len - 1, vocab]."""
     targets = window[1:].to(logits.device)
-    total = torch.zeros((), dtype=torch.float64)
     rows = max(1, _CACHED // logits.shape[-1])
-    for first in range(0, targets.numel(), rows):
-        chunk = slice(first, first + rows)
-        losses = cross_entropy(logits[chunk].to(torch.float32), targets[chunk], reduction="none")
-        total += losses.cpu().to(torch.float64).sum()
-    return float(total) / targets.numel()
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    losses = [cross_entropy(part.to(torch.float32), wanted, reduction="none") for part, wanted in parts]
+    return float(torch.cat(losses).cpu().to(torch.float64).sum()) / targets.numel()  # a GPU is waited for once
 
 
 def _summary(nlls: list[float]) -> tuple[float, float | None]:
