@@ -110,8 +110,8 @@ def embed(job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tens
     """What enters the first decoder layer, (samples, seq_len, hidden) in a file of the run, and the calls of all."""
     name = "distillation-inputs"
     saved = writer.load_work(name)
-    if saved is not None:  # at least two windows, for calls that differ between them to be noticed
-        return saved["embedded"], capture_inputs(job.model, job.layout, source, windows[:2], device=job.device)[1]
+    if saved is not None:
+        return saved["embedded"], job.capture_calls(windows)
     embedded, calls = capture_inputs(job.model, job.layout, source, windows, device=job.device)
     return writer.save_work(name, {"embedded": embedded})["embedded"], calls
 

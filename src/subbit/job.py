@@ -14,7 +14,7 @@ from subbit.calibration.text import calibration_windows
 from subbit.errors import UserError
 from subbit.models.layout import ModelLayout, layer_linears
 from subbit.models.source import ModelSource
-from subbit.models.streaming import LayerCall, materialize, release, run_layer
+from subbit.models.streaming import LayerCall, capture_inputs, materialize, release, run_layer
 from subbit.progress import Progress
 from subbit.recipe import Recipe
 from subbit.tuning.precision import mixed_precision, resolve_precision
@@ -66,6 +66,11 @@ class Job:
         """Whether the dense model has to be run beside the compressed one."""
         distillation = self.recipe.distillation
         return bool(self.recipe.reconstruction.steps or (distillation.steps and not distillation.samples))
+
+    def capture_calls(self, windows: Tensor) -> list[LayerCall]:
+        """What every decoder layer is given besides hidden states, from the first of windows (samples, seq_len)."""
+        # two, for calls that differ between them to be noticed
+        return capture_inputs(self.model, self.layout, self.source, windows[:2], device=self.device)[1]
 
     def draw_windows(
         self, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int

@@ -75,8 +75,7 @@ def compress(
         if writer.state:
             windows, hidden = writer.restore()
             packed = pack_matrices(job, embeddings)
-            # at least two windows, for calls that differ between them to be noticed
-            calls = capture_inputs(skeleton, job.layout, source, windows[:2], device=job.device)[1]
+            calls = job.capture_calls(windows)
             progress.line(f"resuming: {writer.layers_done} of {job.layout.num_layers} layers are done")
         else:
             plan = make_plan(job, may_be_empty=bool(embeddings.specs))
