@@ -9,6 +9,9 @@ layers of a model follow layers of the same kind, too. The memory bound of a pro
 threads read as many bytes as the kernel reads, in pages of 2 MiB, measured in the same turns; `ratio_to_bound` is the
 product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
 with eight channels fifty times as large as the others, against float64.
+
+Where llama-cpp-python can be found, the types of llama.cpp take turns, too, in the same kind of memory, and
+`speedup_vs_ggml` is over the fastest of those that take less than 2.5 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ggml_peer import OBJECTS, Ggml, library_folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +41,7 @@ KINDS = ["2:8", "1:8", "4:8", "3:8", "1:4", "1:16", "2:16", "3:16"]
 SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
 BATCHES = [1, 8, 32, 512]
 CALLS = 5  # of a turn
+SMALL_BITS = 2.5  # of a type of ggml that is meant for the same users
 
 
 @dataclass
@@ -120,7 +125,23 @@ def packed_call(inputs: Tensor, spec: CodesSpec, packed: list[Tensor]) -> Callab
     return lambda copy: products[copy](inputs, None)
 
 
-def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+def ggml_call(
+    ggml: Ggml, name: str, weight: Tensor, inputs: Tensor, threads: int, copies: int
+) -> Callable[[int], Tensor]:
+    """A product by a type of ggml; checked against the dense product as far as the type's precision goes."""
+    packed = ggml.quantize(name, weight)
+    room = packed.nbytes + inputs.nbytes + 4 * len(weight) * len(inputs) + OBJECTS
+    calls = [ggml.product(name, packed, native.zeros(room), inputs, threads) for _ in range(copies)]
+    expected = inputs @ weight[:32].T
+    found = calls[0]()[:, :32]
+    if torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) < 0.5:
+        raise SystemExit(f"ggml's product with {name} is wrong: this version's structures may differ")
+    return lambda copy: calls[copy]()
+
+
+def measure(
+    shape: str, threads: int, batch: int, kinds: list[str], rounds: int, seconds: float, ggml: Ggml | None
+) -> dict[str, Any]:
     """All contenders on one shape, thread count and batch."""
     rows, columns = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(0)
@@ -129,12 +150,16 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
     weight = torch.randn(rows, columns, generator=generator)
     linears = {kind: random_codes(kind, rows, columns, generator) for kind in kinds}
     sizes = {kind: packed.nbytes for kind, (_, packed) in linears.items()}
+    peers = {name: ggml.row_bytes(name, columns) * rows for name in ggml.types} if ggml else {}
     chunk = 16 << 20
-    copies = copies_for(chunk + weight.nbytes * 3 // 2 + sum(sizes.values()))
+    copies = copies_for(chunk + weight.nbytes * 3 // 2 + sum(sizes.values()) + sum(peers.values()))
     contenders: dict[str, Contender] = {}
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
         weights = [weight.to(dtype, copy=True) for _ in range(copies)]
         contenders[name] = Contender(dense_call(inputs.to(dtype), weights), copies)
+    if ggml:
+        for name in peers:
+            contenders[name] = Contender(ggml_call(ggml, name, weight, inputs, threads, copies), copies)
     memory = [native.zeros(chunk).fill_(1) for _ in range(copies)]
     for name in ("pause", "memory"):  # what comes next after torch's bfloat16 product is a fifth slower for a while
         contenders[name] = Contender(lambda i: native.read_memory(memory[i]), copies)
@@ -158,6 +183,8 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
 
     bandwidth = chunk / contenders["memory"].median
     fp32, bf16 = contenders["torch fp32"].median, contenders["torch bf16"].median
+    bits = {name: 8 * size / (rows * columns) for name, size in {**sizes, **peers}.items()}
+    best = min((contenders[name].median for name in peers if bits[name] < SMALL_BITS), default=None)
     return {
         "shape": shape,
         "threads": threads,
@@ -165,13 +192,15 @@ def measure(shape: str, threads: int, batch: int, kinds: list[str], rounds: int,
         "memory_gb_per_s": bandwidth / 1e9,
         "torch_fp32_us": fp32 * 1e6,
         "torch_bf16_us": bf16 * 1e6,
+        "ggml": {name: {"us": contenders[name].median * 1e6, "bits_per_weight_read": bits[name]} for name in peers},
         "kernels": {
             kind: {
                 "us": contenders[kind].median * 1e6,
-                "bits_per_weight_read": 8 * sizes[kind] / (rows * columns),
+                "bits_per_weight_read": bits[kind],
                 "ratio_to_bound": contenders[kind].median * bandwidth / sizes[kind],
                 "speedup_vs_torch_fp32": fp32 / contenders[kind].median,
                 "speedup_vs_torch_bf16": bf16 / contenders[kind].median,
+                "speedup_vs_ggml": best and best / contenders[kind].median,
                 "relative_error": errors[kind],
             }
             for kind in kinds
@@ -184,7 +213,8 @@ def show(result: dict[str, Any]) -> None:
     title = f"{result['shape']}, batch {result['batch']}, {result['threads']} threads, {native.variant()}; "
     title += f"memory {result['memory_gb_per_s']:.1f} GB/s, torch fp32 {result['torch_fp32_us']:.0f} µs, "
     title += f"bf16 {result['torch_bf16_us']:.0f} µs"
-    table = Table("N:M", "bits read", "µs", "÷ bound", "× fp32", "× bf16", "error", title=title, title_justify="left")
+    names = ("N:M", "bits read", "µs", "÷ bound", "× fp32", "× bf16", "× ggml", "error")
+    table = Table(*names, title=title, title_justify="left")
     for kind, row in result["kernels"].items():
         table.add_row(
             kind,
@@ -193,8 +223,11 @@ def show(result: dict[str, Any]) -> None:
             f"{row['ratio_to_bound']:.2f}",
             f"{row['speedup_vs_torch_fp32']:.1f}",
             f"{row['speedup_vs_torch_bf16']:.1f}",
+            "–" if row["speedup_vs_ggml"] is None else f"{row['speedup_vs_ggml']:.1f}",
             f"{row['relative_error']:.1e}",
         )
+    for name, row in result["ggml"].items():
+        table.add_row(name, f"{row['bits_per_weight_read']:.3f}", f"{row['us']:.0f}")
     Console().print(table)
 
 
@@ -213,12 +246,14 @@ def main() -> None:
     everyone = torch.get_num_threads()
     threads = options.threads or ([everyone] if options.quick else sorted({1, everyone}))
     shapes, batches = (SHAPES[:1], [1]) if options.quick else (options.shapes, options.batches)
+    folder = library_folder()
+    ggml = Ggml(folder) if folder else None
     results = []
     with torch.inference_mode():
         for shape in shapes:
             for batch in batches:
                 for count in threads:
-                    results.append(measure(shape, count, batch, options.kinds, options.rounds, options.seconds))
+                    results.append(measure(shape, count, batch, options.kinds, options.rounds, options.seconds, ggml))
                     show(results[-1])
     if options.json:
         machine = {"cpu": processor(), "isa": native.variant(), "torch": torch.__version__, "cache": cache_bytes()}

@@ -31,6 +31,7 @@ from commands import Run, assert_one_line
 import subbit
 from subbit import Recipe, UserError
 from subbit.binary.nm import Sparsity
+from subbit.calibration.text import sample_windows
 from subbit.comparison import sweep as sweep_module
 from subbit.comparison import worker
 from subbit.comparison.entries import (
@@ -919,3 +920,24 @@ def test_the_published_numbers_fit_together() -> None:
     names = {f"{point['method']} {point['label']}" for point in published["points"]}
     assert set(published["stored_bits"]) - {"source"} <= names
     assert all(set(point["perplexity"]) == set(published["dense"]) for point in published["points"])
+
+
+def test_held_out_windows_share_no_token_with_calibration(tmp_path: Path) -> None:
+    """The windows that a run of the recipe draws from the second of two texts are found again, and avoided."""
+    held_out = benchmark("held_out_text")
+    values = {
+        "method": "codes",
+        "calibration": {"source": f"first.txt,{tmp_path}/second.txt", "samples": 9, "seq_len": 16, "seed": 3},
+        "distillation": {"steps": 1, "samples": 7, "seq_len": 8},
+    }
+    tokens = 1000
+    drawn = [sample_windows(torch.arange(tokens), 4, 16, 3), sample_windows(torch.arange(tokens), 3, 8, 4)]
+    used = {int(position) for windows in drawn for position in windows.flatten()}
+    seen = held_out.touched(Recipe.create(values), "elsewhere/second.txt", tokens)
+    assert set(seen.nonzero().flatten().tolist()) == used
+    windows = held_out.untouched_windows(seen, 20, 3)
+    assert windows.shape == (3, 20)
+    assert used.isdisjoint(windows.flatten().tolist())
+    assert int(windows.diff(dim=1).unique()) == 1
+    with pytest.raises(SystemExit, match="were never seen"):
+        held_out.untouched_windows(seen, 20, 50)
