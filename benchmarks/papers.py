@@ -8,6 +8,7 @@ twice. ``--list`` prints what a group consists of. The report is comparison.md a
     headline           the papers' tables: BiLLM, ARB-LLM (X, RC), STBLLM, PBS²P at 4:8, 5:8, 6:8 (and unpruned)
     baselines          RTN and GPTQ at 1 to 4 bits, BiLLM and ARB-LLM unpruned
     stbllm-ablations   one choice of STBLLM changed at a time
+    stbllm-solved      what STBLLM's paper claims, with scales solved for the output, where it does not collapse
     pbs2p-ablations    one choice of PBS²P changed at a time
     frontier           codes at 0.5 to 1.4 stored bits, with --effort
 """
@@ -35,6 +36,7 @@ SERIES: dict[str, dict[str, Any]] = {
     "ARB-LLM RC": {"method": "arb", "options": {"variant": "rc"}},
     "ARB-LLM X": {"method": "arb", "options": {"variant": "x"}},
     "STBLLM": {"method": "stbllm"},
+    "STBLLM, scales solved": {"method": "stbllm", "options": {"scales": "gram"}},
     "STBLLM as released": {"method": "stbllm-as-released"},
     "PBS²P": {"method": "pbs2p"},
 }
@@ -81,6 +83,7 @@ STBLLM_CHANGES: dict[str, dict[str, Any]] = {
     "N by cosine similarity": {"allocation": {"kind": "cosine"}},
     **SHARED,
 }
+STBLLM_CLAIMS = ("score magnitude", "score Wanda", "grouping bell", "N the same in all layers", "compensation diagonal")
 PBS2P_CHANGES: dict[str, dict[str, Any]] = {
     "as the paper writes it": PBS2P_PAPER,
     "at once, re-scored": {"options": {"steps": 1}},
@@ -173,6 +176,9 @@ GROUPS: dict[str, Callable[[dict[str, Any], str], list[Entry]]] = {
     "headline": headline,
     "baselines": baselines,
     "stbllm-ablations": ablations("stbllm-ablations", "STBLLM", STBLLM_CHANGES),
+    "stbllm-solved": ablations(
+        "stbllm-solved", "STBLLM, scales solved", {name: STBLLM_CHANGES[name] for name in STBLLM_CLAIMS}
+    ),
     "pbs2p-ablations": ablations("pbs2p-ablations", "PBS²P", PBS2P_CHANGES),
     "frontier": frontier,
 }
