@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TYPES = {"q4_0": 2, "iq2_xxs": 16, "iq1_s": 19, "tq1_0": 34, "tq2_0": 35, "q1_0": 41, "q2_0": 42}
+TYPES = {"iq2_xxs": 16, "iq1_s": 19, "tq1_0": 34, "tq2_0": 35, "q1_0": 41}
 ROWS = 32  # that are quantized; a matrix repeats them, since speed does not depend on the numbers
 OBJECTS = 1 << 20  # bytes for the descriptions of tensors and a graph of one product
 F32 = 0

@@ -11,7 +11,7 @@ product's time over that. Times are of the operator as a model calls it, Python 
 with eight channels fifty times as large as the others, against float64.
 
 Where llama-cpp-python can be found, the types of llama.cpp take turns, too, in the same kind of memory, and
-`speedup_vs_ggml` is over the fastest of those that take less than 2.5 bits.
+`speedup_vs_ggml` is over the fastest of them, all below 2.1 bits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ KINDS = ["2:8", "1:8", "4:8", "3:8", "1:4", "1:16", "2:16", "3:16"]
 SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
 BATCHES = [1, 8, 32, 512]
 CALLS = 5  # of a turn
-SMALL_BITS = 2.5  # of a type of ggml that is meant for the same users
 
 
 @dataclass
@@ -184,7 +183,7 @@ def measure(
     bandwidth = chunk / contenders["memory"].median
     fp32, bf16 = contenders["torch fp32"].median, contenders["torch bf16"].median
     bits = {name: 8 * size / (rows * columns) for name, size in {**sizes, **peers}.items()}
-    best = min((contenders[name].median for name in peers if bits[name] < SMALL_BITS), default=None)
+    best = min((contenders[name].median for name in peers), default=None)
     return {
         "shape": shape,
         "threads": threads,

@@ -167,9 +167,10 @@ def test_variants_agree(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), EVERY_NM)
-def test_threads_do_not_change_the_result(n: int, m: int, threads: None) -> None:
+@pytest.mark.parametrize("batch", [3, 50])
+def test_threads_do_not_change_the_result(n: int, m: int, batch: int, threads: None) -> None:
     linear = random_linear(n, m, 700, 256, seed=4)
-    inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(4))
+    inputs = torch.randn(batch, 256, generator=torch.Generator().manual_seed(4))
     spec, packed = repacked(linear)
     outputs = []
     for count in (1, 2, 5):
@@ -191,6 +192,9 @@ def test_special_inputs(isa: str) -> None:
     assert native.linear(torch.zeros(0, 512), spec, packed, None).shape == (0, 70)
     assert native.linear(torch.zeros(2, 0, 512), spec, packed, None).shape == (2, 0, 70)
     assert native.linear(torch.ones(512), spec, packed, None).shape == (70,)
+    rows = torch.randn(40, 512, generator=torch.Generator().manual_seed(6)) * torch.logspace(-20, 20, 40)[:, None]
+    for output, expected in zip(native.linear(rows, spec, packed, None), rows.double() @ dense.T, strict=True):
+        assert relative_error(output, expected) <= BOUND  # every input has a scale of its own
     strided = torch.randn(512, 4, 6, generator=torch.Generator().manual_seed(5)).permute(2, 1, 0)
     assert relative_error(native.linear(strided, spec, packed, None), strided.double() @ dense.T) <= BOUND
 
@@ -202,8 +206,8 @@ def test_an_input_that_is_no_number_is_not_lost(value: float, n: int, m: int, is
     linear = random_linear(n, m, 70, 528, seed=5)
     spec, packed = repacked(linear)
     dense = linear.dense()
-    for column in (0, 77, 255, 527):
-        inputs = torch.randn(3, 528, generator=torch.Generator().manual_seed(column))
+    for column, batch in ((0, 3), (77, 3), (255, 3), (527, 3), (300, 35)):
+        inputs = torch.randn(batch, 528, generator=torch.Generator().manual_seed(column))
         expected = inputs.double() @ dense.double().T
         inputs[1, column] = value
         output = native.linear(inputs, spec, packed, None)
@@ -289,7 +293,7 @@ def test_memory(n: int, m: int, isa: str) -> None:
     limit = 4 / 3 if (n, m) in ((1, 4), (3, 8)) else 1.3
     if native.variant() in ("AVX512BW", "NEON"):
         limit = 1.0 if (n, m) == (1, 4) else limit
-    if native.variant() == "AVX512VBMI":
+    if native.variant() in ("AMX", "AVX512VBMI"):
         limit = 11 / 9 if (n, m) == (3, 8) else 1.0 if (n, m) in ((1, 4), (2, 8), (4, 8)) else limit
     assert size <= limit * 1024 * packed_bytes(4096 // m, codeword_bits(n, m))
 

@@ -2,20 +2,13 @@
 //
 // An entry of such a table is a vector of weights up to its sign (folded.hpp). The sign is a bit of a mask register, and
 // negates both bytes of the entry on their own.
-#include <cstring>
-
-#include "avx512.hpp"
+#include "vbmi.hpp"
 
 namespace subbit {
 namespace {
 
 inline __m512i load_half(const uint8_t* p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline __mmask64 load_mask(const uint8_t* p) {
-    uint64_t bits;
-    std::memcpy(&bits, p, 8);
-    return _cvtu64_mask64(bits);
 }
 
 // ---- tables ----------------------------------------------------------------------------------------------------------
@@ -185,21 +178,15 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
 
 template <Layout layout>
 inline void add_halves(const uint8_t* codes, const uint8_t* tables, int groups, Planes& sums) {
-    constexpr const Classes& classes = kClasses<layout == Layout::halves3 ? 3 : 4>;
-    const __m512i left_blocks = load(classes.left), right_blocks = load(classes.right);
     for (int unit = 0; unit < groups; unit += 8, codes += of(layout).unit_bytes) {
-        __m512i rest[2] = {load(codes + 512), load(codes + 576)};
+        Halves<layout> halves(codes);
         SUBBIT_UNROLLED
         for (int j = 0; j < 8; j++, tables += 256) {
             fetch_part<kLines<layout>>(codes, j);
-            const __m512i code = load(codes + 64 * j);
-            const __m512i left = select(3, _mm512_srli_epi16(code, 5), _mm512_permutexvar_epi8(code, left_blocks));
-            const __m512i right = select(3, rest[j / 4], _mm512_permutexvar_epi8(code, right_blocks));
-            rest[j / 4] = _mm512_srli_epi16(rest[j / 4], 2);
-            const __mmask64 minus_left = _mm512_movepi8_mask(code), minus_right = load_mask(codes + 640 + 8 * j);
+            const Half left = halves.left(j), right = halves.right(j);
             const auto sum = [&](int plane) {
-                return _mm512_add_epi8(look_up(left, tables + plane, minus_left),
-                                       look_up(right, tables + 128 + plane, minus_right));
+                return _mm512_add_epi8(look_up(left.index, tables + plane, left.negative),
+                                       look_up(right.index, tables + 128 + plane, right.negative));
             };
             sums.low.add(sum(0));
             sums.high.add(sum(64));

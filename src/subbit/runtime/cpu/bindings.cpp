@@ -3,6 +3,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef SUBBIT_AMX
+#include <cpuid.h>
+#endif
+
 #include <string>
 #include <vector>
 
@@ -15,6 +19,19 @@ namespace nb = nanobind;
 namespace subbit {
 namespace {
 
+#ifdef SUBBIT_AMX
+// Without a matrix kernel where the processor or the system has no matrix registers.
+Kernels with_amx() {
+    Kernels kernels = avx512_kernels;
+    unsigned a, b, c, d = 0;
+    constexpr unsigned tile_and_int8 = 3U << 24;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    kernels.name = "AMX";
+    if ((d & tile_and_int8) == tile_and_int8 && may_use_amx()) kernels.matrix = &amx_matrix;
+    return kernels;
+}
+#endif
+
 // Best first. A new instruction set is a translation unit with flags of its own in CMakeLists.txt and a line here.
 std::vector<const Kernels*> available() {
     std::vector<const Kernels*> list;
@@ -23,7 +40,12 @@ std::vector<const Kernels*> available() {
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f");
     all = all && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     all = all && __builtin_cpu_supports("avx512bw");
-    if (all && __builtin_cpu_supports("avx512vbmi")) list.push_back(&avx512_kernels);
+    const bool vbmi = all && __builtin_cpu_supports("avx512vbmi");
+#ifdef SUBBIT_AMX
+    static const Kernels amx_kernels = with_amx();
+    if (vbmi && amx_kernels.matrix) list.push_back(&amx_kernels);
+#endif
+    if (vbmi) list.push_back(&avx512_kernels);
     if (all) list.push_back(&avx512bw_kernels);
 #endif
 #ifdef SUBBIT_AVX2

@@ -22,6 +22,7 @@ namespace subbit {
 namespace {
 
 constexpr size_t kTableBudget = 256 * 1024;  // of one thread: about half of a second-level cache
+constexpr size_t kPlaneBudget = 1 << 20;      // of all threads, together with the weights of a tile in each one's cache
 constexpr size_t kWorkOfThread = 48 * 1024;  // bytes of codes, times inputs, that are worth waking another thread for
 constexpr size_t kFetchedByChunk = 4096;     // bytes of codes, while tables of a chunk are filled
 constexpr size_t kScalesOfTile = sizeof(float) * kTileRows;
@@ -309,6 +310,13 @@ const float* column_scales_of(const Shape& shape, const uint8_t* buffer) {
     return shape.column_scales ? reinterpret_cast<const float*>(buffer + shape.column_scales_at()) : nullptr;
 }
 
+// At an address that is a multiple of 64; what is there stays, and is not given back to the system.
+template <class T>
+T* aligned(std::vector<T>& memory, size_t count) {
+    memory.resize(std::max(memory.size(), count + 64));
+    return memory.data() + 63 - (reinterpret_cast<uintptr_t>(memory.data()) + 63) % 64;
+}
+
 // Into the second-level cache.
 void fetch_ahead(const uint8_t* bytes, size_t count) {
     for (size_t at = 0; at < count; at += 64) __builtin_prefetch(bytes + at, 0, 2);
@@ -365,8 +373,7 @@ void Product::run() {
     // giving a page back to the system and getting it again takes as long as filling it.
     thread_local std::vector<uint8_t> memory;
     thread_local std::vector<float> steps, values, sums;
-    memory.resize(std::max(memory.size(), table_size * static_cast<size_t>(chunks * together) + 64));
-    uint8_t* tables = memory.data() + 63 - (reinterpret_cast<uintptr_t>(memory.data()) + 63) % 64;
+    uint8_t* tables = aligned(memory, table_size * static_cast<size_t>(chunks * together));
     steps.resize(static_cast<size_t>(chunks * together));
     values.resize(static_cast<size_t>(groups * columns));
     sums.resize(static_cast<size_t>(together * kBlockTiles * kTileRows));
@@ -410,6 +417,87 @@ void Product::run_block(int block, int first, int count, const uint8_t* tables, 
     }
     for (int i = 0; i < count; i++) {
         for (int t = 0; t < tiles; t++) finish(tile + t, first + i, sums + i * rows + t * kTileRows);
+    }
+}
+
+// Some vectors of a product on matrix units: first their planes, which all threads read, then tile by tile.
+struct MatrixProduct {
+    Product& product;
+    const MatrixKernel& kernel;
+    int first, count, panels;
+    uint8_t* planes;
+    float* steps;
+    std::atomic<int> next_vector{0}, next_tile{0};
+
+    int vector_tiles() const { return (count + kPanelVectors - 1) / kPanelVectors; }
+    size_t planes_bytes() const { return 2 * static_cast<size_t>(panels) * kPanelBytes; }
+    const uint8_t* codes(int tile, int chunk) const { return product.buffer + product.shape.chunk_at(tile, chunk); }
+
+    void split();
+    void multiply();
+};
+
+void MatrixProduct::split() {
+    const int columns = panels * kPanelColumns;
+    std::vector<float> values(static_cast<size_t>(columns));
+    for (int i; (i = next_vector.fetch_add(1)) < vector_tiles() * kPanelVectors;) {
+        if (i < count) {
+            scaled_inputs(product, first + i, columns, values.data());
+        } else {
+            std::fill(values.begin(), values.end(), 0.0F);
+        }
+        uint8_t* own = planes + static_cast<size_t>(i / kPanelVectors) * planes_bytes();
+        steps[i] = kernel.split(values.data(), panels, i % kPanelVectors, own);
+    }
+}
+
+void MatrixProduct::multiply() {
+    const Shape& shape = product.shape;
+    const Layout layout = shape.layout();
+    const int chunks = chunks_of(shape.groups()), chunk_panels = kChunkGroups * of(layout).columns / kPanelColumns;
+    thread_local std::vector<int8_t> memory;
+    thread_local std::vector<float> sums;
+    constexpr size_t tile_panels = kTileRows / kPanelVectors;  // for every 64 columns
+    int8_t* weights = aligned(memory, static_cast<size_t>(panels) * tile_panels * kPanelBytes);
+    sums.resize(std::max(sums.size(), static_cast<size_t>(vector_tiles() * kPanelVectors * kTileRows)));
+
+    int tile = next_tile.fetch_add(1);
+    while (tile < shape.tiles()) {
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            int8_t* own = weights + static_cast<size_t>(chunk * chunk_panels) * tile_panels * kPanelBytes;
+            kernel.decode(layout, codes(tile, chunk), in_chunk(shape.groups(), chunk), own);
+        }
+        const int following = next_tile.fetch_add(1);
+        for (int chunk = 0; following < shape.tiles() && chunk < chunks; chunk++) {
+            const int bytes = bytes_of(layout, in_chunk(shape.groups(), chunk));
+            fetch_ahead(codes(following, chunk), static_cast<size_t>(bytes));
+        }
+        kernel.multiply(planes, vector_tiles(), weights, panels, sums.data());
+        for (int i = 0; i < count; i++) {
+            float* own = sums.data() + static_cast<ptrdiff_t>(i) * kTileRows;
+            for (int row = 0; row < kTileRows; row++) own[row] *= steps[i];
+            product.finish(tile, first + i, own);
+        }
+        tile = following;
+    }
+}
+
+// The whole product.
+void multiply_many(Product& product, const MatrixKernel& kernel, int threads) {
+    const Shape& shape = product.shape;
+    const int panels = (shape.groups() * of(shape.layout()).columns + kPanelColumns - 1) / kPanelColumns;
+    const size_t tile_bytes = 2 * static_cast<size_t>(panels) * kPanelBytes;
+    const int together = kPanelVectors * static_cast<int>(std::clamp<size_t>(kPlaneBudget / tile_bytes, 2, 16));
+    thread_local std::vector<uint8_t> memory;
+    thread_local std::vector<float> steps;
+    const int most = (std::min(product.batch, together) + kPanelVectors - 1) / kPanelVectors;
+    uint8_t* planes = aligned(memory, static_cast<size_t>(most) * tile_bytes);
+    steps.resize(std::max(steps.size(), static_cast<size_t>(most * kPanelVectors)));
+    for (int first = 0; first < product.batch; first += together) {
+        const int count = std::min(together, product.batch - first);
+        MatrixProduct some{product, kernel, first, count, panels, planes, steps.data()};
+        on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->split(); }, &some);
+        on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->multiply(); }, &some);
     }
 }
 
@@ -659,6 +747,8 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     threads = std::min({threads, generic ? shape.tiles() : shape.blocks(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
     std::vector<std::atomic<int>> counters(static_cast<size_t>((batch + together - 1) / together));
     Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, std::move(counters)};
+    const bool many = !generic && batch >= of(shape.layout()).matrix_from;
+    if (kernels.matrix && many) return multiply_many(product, *kernels.matrix, threads);
     on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Product*>(data);

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "matrix.hpp"
 #include "numbers.hpp"
 #include "rows.hpp"
 
@@ -75,22 +76,23 @@ struct Properties {
     int table_bytes;  // of a group
     int entries;      // looked up for a row and group
     Grid grid;
+    int matrix_from = 0;  // vectors: fewer are faster one by one than with decoded weights, where there is a matrix kernel
 };
 constexpr Properties kProperties[] = {
-    {8, 2, 64, 32, 1, kTwoGrid},       // single
+    {8, 2, 64, 32, 1, kTwoGrid, 24},       // single
     {8, 2, 128, 32, 2, kTwoGrid},      // pair
     {8, 8, 768, 128, 3, kThreeGrid},   // triple
     {8, 8, 832, 128, 3, kThreeGrid},   // quad
     {16, 8, 320, 32, 1, kSignedGrid},  // wide1
     {16, 8, 640, 32, 2, kSignedGrid},  // wide2
     {16, 8, 960, 32, 3, kSignedGrid},  // wide3
-    {8, 8, 384, 128, 1, kFoldedGrid},  // six
-    {8, 8, 448, 128, 1, kFoldedGrid},  // seven
-    {8, 8, 704, 256, 2, kFoldedGrid},  // halves3
-    {8, 8, 704, 256, 2, kFoldedGrid},  // halves4
-    {16, 8, 320, 64, 1, kTwoGrid},     // five1
-    {16, 8, 640, 64, 2, kTwoGrid},     // five2
-    {16, 8, 960, 64, 3, kTwoGrid},     // five3
+    {8, 8, 384, 128, 1, kFoldedGrid, 13},  // six
+    {8, 8, 448, 128, 1, kFoldedGrid, 11},  // seven
+    {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves3
+    {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves4
+    {16, 8, 320, 64, 1, kTwoGrid, 48},     // five1
+    {16, 8, 640, 64, 2, kTwoGrid, 20},     // five2
+    {16, 8, 960, 64, 3, kTwoGrid, 11},     // five3
     {8, 1, 0, 0, 0, kTwoGrid},         // generic, which has no units
 };
 constexpr const Properties& of(Layout layout) { return kProperties[static_cast<int>(layout)]; }
@@ -163,6 +165,7 @@ struct Kernels {
     // Read memory and do nothing with it, 64 bytes at a time: the bound of any kernel, for benchmarks.
     uint64_t (*read)(const uint8_t* bytes, size_t count);
     RowsKernel rows;
+    const MatrixKernel* matrix = nullptr;  // for many vectors at a time
 };
 
 extern const Kernels portable_kernels;
@@ -171,6 +174,10 @@ extern const Kernels avx2_kernels;
 #endif
 #ifdef SUBBIT_AVX512
 extern const Kernels avx512_kernels, avx512bw_kernels;
+#endif
+#ifdef SUBBIT_AMX
+extern const MatrixKernel amx_matrix;
+bool may_use_amx();
 #endif
 #ifdef SUBBIT_NEON
 extern const Kernels neon_kernels;
