@@ -22,7 +22,7 @@ namespace subbit {
 namespace {
 
 constexpr size_t kTableBudget = 256 * 1024;  // of one thread: about half of a second-level cache
-constexpr size_t kPlaneBudget = 1 << 20;      // of all threads, together with the weights of a tile in each one's cache
+constexpr size_t kPlaneBudget = 1 << 20;     // of all threads, together with the weights of a tile in each one's cache
 constexpr size_t kWorkOfThread = 48 * 1024;  // bytes of codes, times inputs, that are worth waking another thread for
 constexpr size_t kFetchedByChunk = 4096;     // bytes of codes, while tables of a chunk are filled
 constexpr size_t kScalesOfTile = sizeof(float) * kTileRows;
@@ -741,14 +741,15 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
               Numbers bias, void* outputs, int threads) {
     if (batch == 0) return;
     const bool generic = shape.layout() == Layout::generic;
+    const bool many = kernels.matrix && !generic && batch >= of(shape.layout()).matrix_from;
     const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(of(shape.layout()).table_bytes);
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
     const auto work = shape.column_scales_at() * static_cast<size_t>(batch) / kWorkOfThread;
-    threads = std::min({threads, generic ? shape.tiles() : shape.blocks(), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
+    const int parts = generic || many ? shape.tiles() : shape.blocks();
+    threads = std::min({threads, parts, 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
     std::vector<std::atomic<int>> counters(static_cast<size_t>((batch + together - 1) / together));
     Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, std::move(counters)};
-    const bool many = !generic && batch >= of(shape.layout()).matrix_from;
-    if (kernels.matrix && many) return multiply_many(product, *kernels.matrix, threads);
+    if (many) return multiply_many(product, *kernels.matrix, threads);
     on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Product*>(data);
