@@ -206,7 +206,8 @@ inline void sum_panels(const uint8_t* high, const int8_t* weights, int panels, i
     asm volatile("" : : : "memory");  // the stores of some compilers do not say what they write
 }
 
-void multiply_panels(const uint8_t* planes, int tiles, const int8_t* weights, int panels, float* sums) {
+void multiply_panels(const uint8_t* planes, const float* steps, int tiles, const int8_t* weights, const float* scales,
+                     int panels, float* sums) {
     alignas(64) uint8_t before[64];  // the registers may be somebody else's
     _tile_storeconfig(before);
     _tile_loadconfig(&kConfiguration);
@@ -223,8 +224,10 @@ void multiply_panels(const uint8_t* planes, int tiles, const int8_t* weights, in
             }
         }
         for (const auto& part : parts) {
+            const __m512 step = _mm512_set1_ps(*steps++);
             for (int row = 0; row < kTileRows; row += 16, sums += 16) {
-                _mm512_storeu_ps(sums, _mm512_i32gather_ps(load(kPlaces.of + row), part, 4));
+                const __m512 sum = _mm512_mul_ps(step, _mm512_i32gather_ps(load(kPlaces.of + row), part, 4));
+                _mm512_storeu_ps(sums, _mm512_mul_ps(sum, _mm512_loadu_ps(scales + row)));
             }
         }
     }

@@ -339,6 +339,7 @@ struct Product {
     void run_generic();
     void fetch_outputs(int first, int rows, int input) const;
     void finish(int tile, int input, float* sums);
+    void put(int first_row, int input, const float* sums);
 };
 
 // Row scales, bias, and only rows that exist.
@@ -346,7 +347,14 @@ void Product::finish(int tile, int input, float* sums) {
     const int first = tile * kTileRows, rows = std::min(kTileRows, shape.rows - first);
     const float* scales = row_scales_of(shape, buffer, first);
     for (int i = 0; i < rows; i++) sums[i] *= scales[i];
-    store(outputs, inputs.bfloat16, static_cast<ptrdiff_t>(input) * shape.rows + first, rows, sums, bias, first);
+    put(first, input, sums);
+}
+
+// Into the outputs, with the bias.
+void Product::put(int first_row, int input, const float* sums) {
+    const int rows = std::min(kTileRows, shape.rows - first_row);
+    const ptrdiff_t at = static_cast<ptrdiff_t>(input) * shape.rows + first_row;
+    store(outputs, inputs.bfloat16, at, rows, sums, bias, first_row);
 }
 
 // Writing to memory waits for what is there: it is fetched while the sums are made.
@@ -472,12 +480,10 @@ void MatrixProduct::multiply() {
             const int bytes = bytes_of(layout, in_chunk(shape.groups(), chunk));
             fetch_ahead(codes(following, chunk), static_cast<size_t>(bytes));
         }
-        kernel.multiply(planes, vector_tiles(), weights, panels, sums.data());
-        for (int i = 0; i < count; i++) {
-            float* own = sums.data() + static_cast<ptrdiff_t>(i) * kTileRows;
-            for (int row = 0; row < kTileRows; row++) own[row] *= steps[i];
-            product.finish(tile, first + i, own);
-        }
+        const int row = tile * kTileRows;
+        const float* scales = row_scales_of(shape, product.buffer, row);
+        kernel.multiply(planes, steps, vector_tiles(), weights, scales, panels, sums.data());
+        for (int i = 0; i < count; i++) product.put(row, first + i, sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
         tile = following;
     }
 }

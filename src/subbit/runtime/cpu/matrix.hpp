@@ -17,8 +17,10 @@ struct MatrixKernel {
     float (*split)(const float* inputs, int panels, int row, uint8_t* planes);
     // The weights of 64 rows for some groups: four panels for every 64 columns.
     void (*decode)(Layout, const uint8_t* codes, int groups, int8_t* weights);
-    // sums (16 * tiles x 64 rows) = inputs, two planes for every 16 of them, times weights, in steps of their grids.
-    void (*multiply)(const uint8_t* planes, int tiles, const int8_t* weights, int panels, float* sums);
+    // sums (16 * tiles x 64 rows) = inputs, two planes for every 16 of them and a step for each, times weights, a scale for
+    // each row.
+    void (*multiply)(const uint8_t* planes, const float* steps, int tiles, const int8_t* weights, const float* scales,
+                     int panels, float* sums);
 };
 
 }  // namespace subbit

@@ -51,8 +51,16 @@ struct Numbers {
 inline void store(void* numbers, bool bfloat16, ptrdiff_t first, int count, const float* values, Numbers bias, int at) {
     auto* brief = static_cast<uint16_t*>(numbers) + first;
     auto* whole = static_cast<float*>(numbers) + first;
+    if (!bias.data && bfloat16) {  // a loop of its own, which compilers make vectors of
+        for (int i = 0; i < count; i++) brief[i] = to_bfloat16(values[i]);
+        return;
+    }
+    if (!bias.data) {
+        std::memcpy(whole, values, sizeof(float) * static_cast<size_t>(count));
+        return;
+    }
     for (int i = 0; i < count; i++) {
-        const float value = bias.data ? values[i] + bias[at + i] : values[i];
+        const float value = values[i] + bias[at + i];
         if (bfloat16) {
             brief[i] = to_bfloat16(value);
         } else {
