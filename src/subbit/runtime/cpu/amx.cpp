@@ -64,7 +64,7 @@ constexpr Units<16> kFiveUnits = symbol_units<16>(1);
 // Where the weights of four columns go: a row of each of the four panels for 64 rows.
 inline int8_t* quad_at(int8_t* weights, int quad) { return weights + quad / 16 * 4 * kPanelBytes + quad % 16 * 64; }
 
-// Four columns of 64 rows, interleaved: panel q has the rows kRowOf[q].
+// Four columns of 64 rows, interleaved; kPlaces says which row is where.
 inline void put_quad(__m512i a, __m512i b, __m512i c, __m512i d, int8_t* quad) {
     const __m512i low[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d)};
     const __m512i high[2] = {_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d)};
