@@ -19,7 +19,7 @@ from torch import Tensor
 from subbit.calibration.text import load_text, sample_windows, split_sources, tokenize
 from subbit.checkpoint.files import RECIPE_FILE
 from subbit.evaluation.perplexity import perplexity
-from subbit.loading import load_any, open_any
+from subbit.loading import open_any, read_tokenizer
 from subbit.recipe import Recipe
 
 
@@ -29,7 +29,7 @@ def touched(recipe: Recipe, text: str, tokens: int) -> Tensor:
     calibration, distillation = recipe.calibration, recipe.distillation
     draws = [(calibration.samples, calibration.seq_len, calibration.seed)]
     if distillation.steps and distillation.samples:
-        draws.append((distillation.samples, recipe.distillation_seq_len, calibration.seed + 1))
+        draws.append((distillation.samples, recipe.distillation_seq_len, recipe.distillation_seed))
     parts = split_sources(calibration.source)
     for turn in (turn for turn, part in enumerate(parts) if Path(part).name == Path(text).name):
         for samples, seq_len, seed in draws:
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     recipes = [Recipe.from_yaml(path / RECIPE_FILE) for path in args.checkpoints]
-    _, tokenizer = load_any(args.checkpoints[0], torch.bfloat16)
+    tokenizer = read_tokenizer(args.checkpoints[0], trust_remote_code=False)
     ids = tokenize(tokenizer, load_text(args.text, "train").text)
     seen = torch.stack([touched(recipe, args.text, ids.numel()) for recipe in recipes]).any(0)
     print(f"{int(seen.sum()):,} of {ids.numel():,} tokens were seen")

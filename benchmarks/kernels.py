@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ggml_peer import OBJECTS, Ggml, library_folder
+from ggml_peer import OBJECTS, ROWS, Ggml, library_folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -131,8 +131,8 @@ def ggml_call(
     packed = ggml.quantize(name, weight)
     room = packed.nbytes + inputs.nbytes + 4 * len(weight) * len(inputs) + OBJECTS
     calls = [ggml.product(name, packed, native.zeros(room), inputs, threads) for _ in range(copies)]
-    expected = inputs @ weight[:32].T
-    found = calls[0]()[:, :32]
+    expected = inputs @ weight[:ROWS].T
+    found = calls[0]()[:, :ROWS]
     if torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) < 0.5:
         raise SystemExit(f"ggml's product with {name} is wrong: this version's structures may differ")
     return lambda copy: calls[copy]()

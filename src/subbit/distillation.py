@@ -43,7 +43,7 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
     saved = writer.load_work(name)
     if saved is None:
         samples, seq_len = job.recipe.distillation.samples, job.recipe.distillation_seq_len
-        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.calibration.seed + 1)
+        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed)
         job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
         for layer in job.dense_pass("dense model", hidden, calls, names=()):

@@ -203,6 +203,11 @@ class Recipe(Section):
         return self.distillation.seq_len or self.calibration.seq_len
 
     @property
+    def distillation_seed(self) -> int:
+        """Seed of the windows of distillation, which are not those of the layers."""
+        return self.calibration.seed + 1
+
+    @property
     def distills_latents(self) -> bool:
         """Whether distillation moves signs and positions, not scales and norms alone."""
         return self.method == "codes" and self.distillation.steps > 0 and self.distillation.latent_rate > 0

@@ -3,6 +3,7 @@
 // A look-up serves one input. For many of them, codes are decoded once, to bytes that are -1, 0 or 1, and matrix units
 // multiply 16 inputs with 16 rows, 64 columns at a time. A decoded weight is looked up as a product is: in the table that
 // an input of one such column and zeros would have.
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -74,6 +75,14 @@ inline void put_quad(__m512i a, __m512i b, __m512i c, __m512i d, int8_t* quad) {
     _mm512_storeu_si512(quad + 3 * kPanelBytes, _mm512_unpackhi_epi16(high[0], high[1]));
 }
 
+// All columns of a group of 64 rows, from a quad on.
+template <int columns, class Column>
+inline void put_columns(const Column& column, int8_t* weights, int quad) {
+    for (int i = 0; i < columns; i += 4) {
+        put_quad(column(i), column(i + 1), column(i + 2), column(i + 3), quad_at(weights, quad + i / 4));
+    }
+}
+
 // Where in the four panels a row is, 16 rows a panel: the inverse of what put_quad makes of byte_of.
 struct Places {
     int of[kTileRows];
@@ -104,8 +113,7 @@ void decode_folded(const uint8_t* codes, int groups, int8_t* weights) {
             const auto column = [&](int i) {
                 return negated(_mm512_permutexvar_epi8(index[j], load(units[i])), negative);
             };
-            put_quad(column(0), column(1), column(2), column(3), quad_at(weights, 2 * group));
-            put_quad(column(4), column(5), column(6), column(7), quad_at(weights, 2 * group + 1));
+            put_columns<8>(column, weights, 2 * group);
         }
     }
 }
@@ -120,7 +128,7 @@ void decode_halves(const uint8_t* codes, int groups, int8_t* weights) {
                 const auto column = [&](int i) {
                     return negated(_mm512_permutexvar_epi8(parts[k].index, load(kHalfUnits.entries[i])), parts[k].negative);
                 };
-                put_quad(column(0), column(1), column(2), column(3), quad_at(weights, 2 * group + k));
+                put_columns<4>(column, weights, 2 * group + k);
             }
         }
     }
@@ -131,9 +139,7 @@ void decode_single(const uint8_t* codes, int groups, int8_t* weights) {
         const __m512i code = load(codes);
         for (const __m512i index : {low_nibble(code), high_nibble(code)}) {
             const auto column = [&](int i) { return _mm512_shuffle_epi8(load(kSingleUnits.entries[i]), index); };
-            put_quad(column(0), column(1), column(2), column(3), quad_at(weights, 2 * group));
-            put_quad(column(4), column(5), column(6), column(7), quad_at(weights, 2 * group + 1));
-            group++;
+            put_columns<8>(column, weights, 2 * group++);
         }
     }
 }
@@ -151,9 +157,7 @@ void decode_five(const uint8_t* codes, int groups, int8_t* weights) {
                 for (int k = 1; k < entries; k++) sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(index[k][j], unit));
                 return sum;
             };
-            for (int i = 0; i < 16; i += 4) {
-                put_quad(column(i), column(i + 1), column(i + 2), column(i + 3), quad_at(weights, 4 * group + i / 4));
-            }
+            put_columns<16>(column, weights, 4 * group);
         }
     }
 }
@@ -238,10 +242,13 @@ void multiply_panels(const uint8_t* planes, const float* steps, int tiles, const
 
 const MatrixKernel amx_matrix{split, decode, multiply_panels};
 
-// Linux lends the registers to a process that asks.
+// The processor has to have the registers, and Linux lends them to a process that asks.
 bool may_use_amx() {
+    constexpr unsigned tile_and_int8 = 3U << 24;
     constexpr long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    return (d & tile_and_int8) == tile_and_int8 && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
 }  // namespace subbit

@@ -3,10 +3,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#ifdef SUBBIT_AMX
-#include <cpuid.h>
-#endif
-
 #include <string>
 #include <vector>
 
@@ -20,14 +16,10 @@ namespace subbit {
 namespace {
 
 #ifdef SUBBIT_AMX
-// Without a matrix kernel where the processor or the system has no matrix registers.
 Kernels with_amx() {
     Kernels kernels = avx512_kernels;
-    unsigned a, b, c, d = 0;
-    constexpr unsigned tile_and_int8 = 3U << 24;
-    __get_cpuid_count(7, 0, &a, &b, &c, &d);
     kernels.name = "AMX";
-    if ((d & tile_and_int8) == tile_and_int8 && may_use_amx()) kernels.matrix = &amx_matrix;
+    kernels.matrix = &amx_matrix;
     return kernels;
 }
 #endif
@@ -43,7 +35,7 @@ std::vector<const Kernels*> available() {
     const bool vbmi = all && __builtin_cpu_supports("avx512vbmi");
 #ifdef SUBBIT_AMX
     static const Kernels amx_kernels = with_amx();
-    if (vbmi && amx_kernels.matrix) list.push_back(&amx_kernels);
+    if (vbmi && may_use_amx()) list.push_back(&amx_kernels);
 #endif
     if (vbmi) list.push_back(&avx512_kernels);
     if (all) list.push_back(&avx512bw_kernels);

@@ -428,17 +428,19 @@ void Product::run_block(int block, int first, int count, const uint8_t* tables, 
     }
 }
 
+constexpr int vector_tiles_of(int vectors) { return (vectors + kPanelVectors - 1) / kPanelVectors; }
+
 // Some vectors of a product on matrix units: first their planes, which all threads read, then tile by tile.
 struct MatrixProduct {
     Product& product;
     const MatrixKernel& kernel;
     int first, count, panels;
+    size_t tile_bytes;  // of the planes of 16 vectors
     uint8_t* planes;
     float* steps;
     std::atomic<int> next_vector{0}, next_tile{0};
 
-    int vector_tiles() const { return (count + kPanelVectors - 1) / kPanelVectors; }
-    size_t planes_bytes() const { return 2 * static_cast<size_t>(panels) * kPanelBytes; }
+    int vector_tiles() const { return vector_tiles_of(count); }
     const uint8_t* codes(int tile, int chunk) const { return product.buffer + product.shape.chunk_at(tile, chunk); }
 
     void split();
@@ -454,7 +456,7 @@ void MatrixProduct::split() {
         } else {
             std::fill(values.begin(), values.end(), 0.0F);
         }
-        uint8_t* own = planes + static_cast<size_t>(i / kPanelVectors) * planes_bytes();
+        uint8_t* own = planes + static_cast<size_t>(i / kPanelVectors) * tile_bytes;
         steps[i] = kernel.split(values.data(), panels, i % kPanelVectors, own);
     }
 }
@@ -496,12 +498,12 @@ void multiply_many(Product& product, const MatrixKernel& kernel, int threads) {
     const int together = kPanelVectors * static_cast<int>(std::clamp<size_t>(kPlaneBudget / tile_bytes, 2, 16));
     thread_local std::vector<uint8_t> memory;
     thread_local std::vector<float> steps;
-    const int most = (std::min(product.batch, together) + kPanelVectors - 1) / kPanelVectors;
+    const int most = vector_tiles_of(std::min(product.batch, together));
     uint8_t* planes = aligned(memory, static_cast<size_t>(most) * tile_bytes);
     steps.resize(std::max(steps.size(), static_cast<size_t>(most * kPanelVectors)));
     for (int first = 0; first < product.batch; first += together) {
         const int count = std::min(together, product.batch - first);
-        MatrixProduct some{product, kernel, first, count, panels, planes, steps.data()};
+        MatrixProduct some{product, kernel, first, count, panels, tile_bytes, planes, steps.data()};
         on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->split(); }, &some);
         on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->multiply(); }, &some);
     }
