@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "fetch.hpp"
+#include "rows_x86.hpp"
 #include "tables.hpp"
 
 namespace subbit {
@@ -31,11 +32,6 @@ inline float largest_of(const float* x, int count) {
     __m128i lanes = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     lanes = _mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4E));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0xB1))));
-}
-inline float sum_of_lanes(__m256 x) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 // The 16 entries of a table, in 32 bits, as bytes of its two planes.
@@ -327,72 +323,31 @@ inline __m256i codes_of_4_bits(const uint8_t* p) {
     return _mm256_or_si256(low, _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(15), pairs), 12));
 }
 
-// Steps of groups of a row, and what their zeros take off: eight at a time.
-struct RowGrids {
-    float steps[8];
-    __m256 zeros = _mm256_setzero_ps();
+// For add_grouped_rows.
+class RowSum {
+   public:
+    static constexpr int kColumns = 16;
 
-    void next(const RowMatrix& matrix, const RowInputs& inputs, ptrdiff_t at, int group, int count) {
-        if (count < 8) {
-            float products[8] = {};
-            for (int i = 0; i < count; i++) {
-                steps[i] = from_float16(matrix.scales[at + i]) * inputs.steps[group + i];
-                products[i] = steps[i] * static_cast<float>(matrix.zeros[at + i]) * inputs.sums[group + i];
-            }
-            zeros = _mm256_add_ps(zeros, _mm256_loadu_ps(products));
-            return;
-        }
-        const auto* halves = reinterpret_cast<const __m128i*>(matrix.scales + at);
-        const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
-        const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x8000)), 16);
-        const __m256i size = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFF)), 13);
-        const __m256 scales = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p112F));
-        const __m256 step = _mm256_mul_ps(scales, _mm256_loadu_ps(inputs.steps + group));
-        const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(matrix.zeros + at)));
-        const __m256 sums = _mm256_mul_ps(_mm256_cvtepi32_ps(zero), _mm256_loadu_ps(inputs.sums + group));
-        zeros = _mm256_fmadd_ps(step, sums, zeros);
-        _mm256_storeu_ps(steps, step);
+    template <int bits>
+    void add(const uint8_t* codes, const int16_t* x) {
+        const __m256i code = bits == 8 ? codes_of_8_bits(codes) : codes_of_4_bits(codes);
+        group_ = _mm256_add_epi32(group_, _mm256_madd_epi16(code, load(reinterpret_cast<const uint8_t*>(x))));
     }
+    void close_group(float step) {
+        whole_ = _mm256_fmadd_ps(_mm256_set1_ps(step), _mm256_cvtepi32_ps(group_), whole_);
+        group_ = _mm256_setzero_si256();
+    }
+    float whole() const { return sum_of_lanes(whole_); }
+
+   private:
+    __m256i group_ = _mm256_setzero_si256();
+    __m256 whole_ = _mm256_setzero_ps();
 };
-
-// Every group has a multiple of 16 columns; all have `size`, or are of any size if that is 0.
-template <int bits, int size>
-void add_rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
-    const int groups = matrix.groups();
-    for (int i = 0; i < count; i++) {
-        const uint8_t* codes = matrix.codes + (first + i) * matrix.row_bytes();
-        const int16_t* x = inputs.values;
-        const ptrdiff_t grids = static_cast<ptrdiff_t>(first + i) * groups;
-        __m256 total = _mm256_setzero_ps();
-        RowGrids grid;
-        for (int from = 0; from < groups; from += 8) {
-            const int some = groups - from < 8 ? groups - from : 8;
-            grid.next(matrix, inputs, grids + from, from, some);
-            for (int group = from; group < from + some; group++) {
-                const int left = matrix.columns - group * matrix.group_size;
-                const int columns = size ? size : std::min(matrix.group_size, left);
-                __m256i sum = _mm256_setzero_si256();
-                fetch(codes);
-                SUBBIT_UNROLLED
-                for (int j = 0; j < columns; j += 16, codes += 2 * bits, x += 16) {
-                    const __m256i code = bits == 8 ? codes_of_8_bits(codes) : codes_of_4_bits(codes);
-                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(code, load(reinterpret_cast<const uint8_t*>(x))));
-                }
-                total = _mm256_fmadd_ps(_mm256_set1_ps(grid.steps[group - from]), _mm256_cvtepi32_ps(sum), total);
-            }
-        }
-        sums[i] = sum_of_lanes(total) - sum_of_lanes(grid.zeros);
-    }
-}
 
 }  // namespace
 
 void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
-    const bool whole = matrix.group_size % 16 == 0 && matrix.columns % 16 == 0;
-    const bool usual = matrix.group_size == 64 && matrix.columns % 64 == 0;  // the default of the format
-    const RowsKernel of_8_bits = usual ? add_rows_avx2<8, 64> : add_rows_avx2<8, 0>;
-    const RowsKernel of_4_bits = usual ? add_rows_avx2<4, 64> : add_rows_avx2<4, 0>;
-    (!whole ? add_rows : matrix.bits == 8 ? of_8_bits : of_4_bits)(matrix, inputs, first, count, sums);
+    (is_whole<RowSum>(matrix) ? add_whole_rows<RowSum> : add_rows)(matrix, inputs, first, count, sums);
 }
 
 const Kernels avx2_kernels{"AVX2", Order::small, build_avx2, add_avx2, read_avx2, rows_avx2};

@@ -9,6 +9,7 @@
 
 #include "fetch.hpp"
 #include "folded.hpp"
+#include "rows_x86.hpp"
 
 namespace subbit {
 namespace {
@@ -159,6 +160,39 @@ void add_tiles(const uint8_t* codes, const uint8_t* tables, int groups, float st
         add(codes, tables, groups, total);
         total.template put<properties.grid.radix>(zero, _mm512_set1_ps(step), sums);
     }
+}
+
+// For add_grouped_rows.
+class RowSum {
+   public:
+    static constexpr int kColumns = 32;
+
+    template <int bits>
+    void add(const uint8_t* codes, const int16_t* x) {
+        group_ = _mm512_add_epi32(group_, _mm512_madd_epi16(bits == 8 ? of_8_bits(codes) : of_4_bits(codes), load(x)));
+    }
+    void close_group(float step) {
+        whole_ = _mm512_fmadd_ps(_mm512_set1_ps(step), _mm512_cvtepi32_ps(group_), whole_);
+        group_ = _mm512_setzero_si512();
+    }
+    float whole() const { return _mm512_reduce_add_ps(whole_); }
+
+   private:
+    // 32 codes as 16-bit numbers, in the order of their columns.
+    static __m512i of_8_bits(const uint8_t* p) {
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static __m512i of_4_bits(const uint8_t* p) {
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)), _mm512_set1_epi16(15));
+    }
+
+    __m512i group_ = _mm512_setzero_si512();
+    __m512 whole_ = _mm512_setzero_ps();
+};
+
+inline void rows_avx512(const RowMatrix& matrix, const RowInputs& inputs, int first, int count, float* sums) {
+    (is_whole<RowSum>(matrix) ? add_whole_rows<RowSum> : rows_avx2)(matrix, inputs, first, count, sums);
 }
 
 inline uint64_t read_avx512(const uint8_t* bytes, size_t count) {

@@ -332,9 +332,10 @@ struct Product {
     Numbers bias;
     void* outputs;
     int together;  // inputs whose tables a thread holds at a time
-    std::vector<std::atomic<int>> next;  // block, for every `together` inputs; of a generic layout, tile
+    Shares shares;  // of blocks, for every `together` inputs after the other; of a generic layout, of tiles
 
     void run();
+    void build_tables(int block, int first, int count, uint8_t* tables, float* steps, float* values) const;
     void run_block(int block, int first, int count, const uint8_t* tables, const float* steps, float* sums);
     void run_generic();
     void fetch_outputs(int first, int rows, int input) const;
@@ -376,33 +377,39 @@ void scaled_inputs(const Product& p, int input, int count, float* values) {
 void Product::run() {
     const Layout layout = shape.layout();
     const int groups = shape.groups(), chunks = chunks_of(groups), columns = of(layout).columns;
-    const auto table_size = static_cast<size_t>(chunk_tables(layout));
     // Every thread has tables of its own: they would otherwise travel between caches. They stay for the next call, because
     // giving a page back to the system and getting it again takes as long as filling it.
     thread_local std::vector<uint8_t> memory;
     thread_local std::vector<float> steps, values, sums;
-    uint8_t* tables = aligned(memory, table_size * static_cast<size_t>(chunks * together));
+    uint8_t* tables = aligned(memory, static_cast<size_t>(chunk_tables(layout) * chunks * together));
     steps.resize(static_cast<size_t>(chunks * together));
     values.resize(static_cast<size_t>(groups * columns));
     sums.resize(static_cast<size_t>(together * kBlockTiles * kTileRows));
 
-    for (int part = 0; part * together < batch; part++) {
-        const int first = part * together, count = std::min(together, batch - first);
-        auto& counter = next[static_cast<size_t>(part)];
-        int block = counter.fetch_add(1);
-        if (block >= shape.blocks()) continue;  // the others were faster
-        const uint8_t* codes = buffer + shape.chunk_at(block * kBlockTiles, 0);
-        for (int i = 0; i < count; i++) {
-            scaled_inputs(*this, first + i, groups * columns, values.data());
-            for (int chunk = 0; chunk < chunks; chunk++) {
-                if (i == 0) fetch_ahead(codes + chunk * kFetchedByChunk, kFetchedByChunk);
-                const auto at = static_cast<size_t>(chunk * together + i);
-                const float* x = values.data() + static_cast<ptrdiff_t>(chunk) * kChunkGroups * columns;
-                steps[at] = kernels.build(layout, x, in_chunk(groups, chunk), tables + at * table_size);
-            }
+    const int thread = shares.join();
+    int first = -1, count = 0;  // whose tables there are
+    for (int number; (number = shares.take(thread)) >= 0;) {
+        const int block = number % shape.blocks(), wanted = number / shape.blocks() * together;
+        if (wanted != first) {
+            first = wanted, count = std::min(together, batch - first);
+            build_tables(block, first, count, tables, steps.data(), values.data());
         }
-        for (; block < shape.blocks(); block = counter.fetch_add(1)) {
-            run_block(block, first, count, tables, steps.data(), sums.data());
+        run_block(block, first, count, tables, steps.data(), sums.data());
+    }
+}
+
+// Of `count` inputs from `first` on, while the first codes of a block are fetched; `values` is for the inputs of one.
+void Product::build_tables(int block, int first, int count, uint8_t* tables, float* steps, float* values) const {
+    const Layout layout = shape.layout();
+    const int groups = shape.groups(), chunks = chunks_of(groups), columns = of(layout).columns;
+    const uint8_t* codes = buffer + shape.chunk_at(block * kBlockTiles, 0);
+    for (int i = 0; i < count; i++) {
+        scaled_inputs(*this, first + i, groups * columns, values);
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            if (i == 0) fetch_ahead(codes + chunk * kFetchedByChunk, kFetchedByChunk);
+            const int at = chunk * together + i;
+            const float* x = values + static_cast<ptrdiff_t>(chunk) * kChunkGroups * columns;
+            steps[at] = kernels.build(layout, x, in_chunk(groups, chunk), tables + at * chunk_tables(layout));
         }
     }
 }
@@ -516,31 +523,32 @@ void Product::run_generic() {
     const auto row_bytes = shape.file_row_bytes();
     std::vector<float> values(static_cast<size_t>(shape.columns)), table(2 * values.size());
     const unsigned mask = (1U << width) - 1;
-    for (int input = 0; input < batch; input++) {
-        scaled_inputs(*this, input, shape.columns, values.data());
-        for (int j = 0; j < shape.columns; j++) {
+    const int thread = shares.join();
+    int filled = -1;  // the input in the table
+    for (int number; (number = shares.take(thread)) >= 0;) {
+        const int tile = number % shape.tiles(), input = number / shape.tiles();
+        if (input != filled) scaled_inputs(*this, input, shape.columns, values.data());
+        for (int j = 0; input != filled && j < shape.columns; j++) {
             const auto at = static_cast<size_t>(j / m * 2 * m + j % m);
             table[at] = -values[static_cast<size_t>(j)];
             table[at + static_cast<size_t>(m)] = values[static_cast<size_t>(j)];
         }
-        auto& counter = next[static_cast<size_t>(input)];
-        for (int tile; (tile = counter.fetch_add(1)) < shape.tiles();) {
-            float sums[kTileRows] = {};
-            for (int i = 0; i < std::min(kTileRows, shape.rows - tile * kTileRows); i++) {
-                const uint8_t* row = buffer + static_cast<size_t>(tile * kTileRows + i) * row_bytes;
-                float parts[kMaxKept] = {};
-                for (int g = 0; g < groups; g++) {
-                    const auto bit = static_cast<size_t>(g) * static_cast<size_t>(width);
-                    uint32_t word;
-                    std::memcpy(&word, row + bit / 8, 4);
-                    const Symbols& symbols = book.symbols[word >> bit % 8 & mask];
-                    const float* x = table.data() + static_cast<ptrdiff_t>(g) * 2 * m;
-                    for (int k = 0; k < n; k++) parts[k] += x[symbols[static_cast<size_t>(k)]];
-                }
-                for (int k = 0; k < n; k++) sums[i] += parts[k];
+        filled = input;
+        float sums[kTileRows] = {};
+        for (int i = 0; i < std::min(kTileRows, shape.rows - tile * kTileRows); i++) {
+            const uint8_t* row = buffer + static_cast<size_t>(tile * kTileRows + i) * row_bytes;
+            float parts[kMaxKept] = {};
+            for (int g = 0; g < groups; g++) {
+                const auto bit = static_cast<size_t>(g) * static_cast<size_t>(width);
+                uint32_t word;
+                std::memcpy(&word, row + bit / 8, 4);
+                const Symbols& symbols = book.symbols[word >> bit % 8 & mask];
+                const float* x = table.data() + static_cast<ptrdiff_t>(g) * 2 * m;
+                for (int k = 0; k < n; k++) parts[k] += x[symbols[static_cast<size_t>(k)]];
             }
-            finish(tile, input, sums);
+            for (int k = 0; k < n; k++) sums[i] += parts[k];
         }
+        finish(tile, input, sums);
     }
 }
 
@@ -753,10 +761,9 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     const size_t tables = static_cast<size_t>(shape.groups()) * static_cast<size_t>(of(shape.layout()).table_bytes);
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
     const auto work = shape.column_scales_at() * static_cast<size_t>(batch) / kWorkOfThread;
-    const int parts = generic || many ? shape.tiles() : shape.blocks();
-    threads = std::min({threads, parts, 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
-    std::vector<std::atomic<int>> counters(static_cast<size_t>((batch + together - 1) / together));
-    Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, std::move(counters)};
+    const int parts = (batch + together - 1) / together * (generic ? shape.tiles() : shape.blocks());
+    threads = std::min({threads, many ? shape.tiles() : parts, 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
+    Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, {parts, threads}};
     if (many) return multiply_many(product, *kernels.matrix, threads);
     on_team(threads,
             [](void* data) {

@@ -1,7 +1,6 @@
 #include "rows.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -69,14 +68,16 @@ struct RowsProduct {
     void* outputs;
     bool bfloat16;
     int rows_at_once;
-    std::atomic<int> next{0};
+    Shares shares;  // of blocks of `rows_at_once`
 
     void run();
 };
 
 void RowsProduct::run() {
     std::vector<float> sums(static_cast<size_t>(rows_at_once));
-    for (int first; (first = next.fetch_add(rows_at_once)) < matrix.rows;) {
+    const int thread = shares.join();
+    for (int block; (block = shares.take(thread)) >= 0;) {
+        const int first = block * rows_at_once;
         const int count = std::min(rows_at_once, matrix.rows - first);
         for (int input = 0; input < batch; input++) {
             kernels.rows(matrix, grid.of(input), first, count, sums.data());
@@ -115,8 +116,9 @@ void multiply_rows(const Kernels& kernels, const RowMatrix& matrix, Numbers inpu
     const GridInputs grid(matrix, inputs, batch);
     const int at_once = static_cast<int>(std::max<ptrdiff_t>(1, kBlockBytes / matrix.row_bytes()));
     const int blocks = (matrix.rows + at_once - 1) / at_once;
-    RowsProduct product{kernels, matrix, grid, batch, bias, outputs, inputs.bfloat16, at_once};
-    on_team(std::min(threads, blocks), [](void* data) { static_cast<RowsProduct*>(data)->run(); }, &product);
+    threads = std::min(threads, blocks);
+    RowsProduct product{kernels, matrix, grid, batch, bias, outputs, inputs.bfloat16, at_once, {blocks, threads}};
+    on_team(threads, [](void* data) { static_cast<RowsProduct*>(data)->run(); }, &product);
 }
 
 }  // namespace subbit

@@ -27,4 +27,21 @@ void on_team(int threads, void (*work)(void*), void* data) {
     for (std::thread& other : others) other.join();
 }
 
+Shares::Shares(int count, int threads) : shares_(static_cast<size_t>(threads)) {
+    int first = 0;
+    for (int i = 0; i < threads; i++) {
+        shares_[static_cast<size_t>(i)].next = first;
+        first = shares_[static_cast<size_t>(i)].end = first + (count - first) / (threads - i);
+    }
+}
+
+int Shares::take(int thread) {
+    for (size_t i = 0; i < shares_.size(); i++) {
+        Share& share = shares_[(static_cast<size_t>(thread) + i) % shares_.size()];
+        const int number = share.next < share.end ? share.next.fetch_add(1) : share.end;
+        if (number < share.end) return number;
+    }
+    return -1;
+}
+
 }  // namespace subbit
