@@ -774,19 +774,22 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
 }
 
 uint64_t read_memory(const Kernels& kernels, const uint8_t* bytes, size_t count, int threads) {
+    static constexpr size_t part = 512 * 1024;
     struct Reading {
         const Kernels& kernels;
         const uint8_t* bytes;
         size_t count;
-        std::atomic<size_t> next{0};
+        Shares shares;
         std::atomic<uint64_t> result{0};
-    } reading{kernels, bytes, count};
+    } reading{kernels, bytes, count, {static_cast<int>((count + part - 1) / part), threads}};
     on_team(threads,
             [](void* data) {
                 auto& shared = *static_cast<Reading*>(data);
-                constexpr size_t part = 512 * 1024;
-                for (size_t at; (at = shared.next.fetch_add(part)) < shared.count;)
+                const int thread = shared.shares.join();
+                for (int i; (i = shared.shares.take(thread)) >= 0;) {
+                    const size_t at = static_cast<size_t>(i) * part;
                     shared.result ^= shared.kernels.read(shared.bytes + at, std::min(part, shared.count - at));
+                }
             },
             &reading);
     return reading.result;
