@@ -27,6 +27,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from user_errors import run
 
 from subbit.checkpoint.files import FORMAT_VERSION, INDEX_FILE, MANIFEST_FILE, sha256, write_json, write_tensors
 from subbit.evaluation.bench import Bench, Measured, bench, bench_table
@@ -285,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from user_errors import run
 
-from subbit.calibration.text import load_text, sample_windows, split_sources, tokenize
+from subbit.calibration.text import load_text, sample_windows, split_sources, tokenize, turns
 from subbit.checkpoint.files import RECIPE_FILE
 from subbit.evaluation.perplexity import perplexity
 from subbit.loading import open_any, read_tokenizer
@@ -31,10 +32,10 @@ def touched(recipe: Recipe, text: str, tokens: int) -> Tensor:
     if distillation.steps and distillation.samples:
         draws.append((distillation.samples, recipe.distillation_seq_len, recipe.distillation_seed))
     parts = split_sources(calibration.source)
-    for turn in (turn for turn, part in enumerate(parts) if Path(part).name == Path(text).name):
-        for samples, seq_len, seed in draws:
-            own = len(range(turn, samples, len(parts)))
-            seen[sample_windows(torch.arange(tokens), own, seq_len, seed)] = True
+    for samples, seq_len, seed in draws:
+        for part, own in zip(parts, turns(torch.empty(samples, seq_len), len(parts)), strict=True):
+            if Path(part).name == Path(text).name:
+                seen[sample_windows(torch.arange(tokens), len(own), seq_len, seed)] = True
     return seen
 
 
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

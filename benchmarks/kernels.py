@@ -32,6 +32,7 @@ from ggml_peer import OBJECTS, ROWS, Ggml, library_folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from user_errors import run
 
 from subbit.packing.codec import codeword_bits, pack_bits
 from subbit.packing.codes import CodesSpec
@@ -262,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from real_linears import RealLinear, add_arguments, facts_of, real_linears
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from user_errors import run
 
 from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
@@ -121,4 +122,4 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

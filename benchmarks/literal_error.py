@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from real_linears import add_arguments, facts_of, real_linears
 from torch import Tensor
+from user_errors import run
 
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity
@@ -192,4 +193,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

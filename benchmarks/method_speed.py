@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from user_errors import run
 
 from subbit.binary.compensate import InverseFactor, inverse_factor
 from subbit.binary.nm import Sparsity
@@ -222,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from real_linears import RealLinear, add_arguments, facts_of, real_linears
 from torch import Tensor
+from user_errors import run
 
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity
@@ -187,4 +188,4 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -37,6 +37,7 @@ __all__ = [
     "self_windows",
     "split_sources",
     "tokenize",
+    "turns",
 ]
 
 Progress = Callable[[int, int], None]
@@ -338,8 +339,7 @@ def calibration_windows(
             )
         origins = []
         windows = torch.empty(samples, seq_len, dtype=torch.int64)
-        for turn, part in enumerate(parts):
-            own = windows[turn :: len(parts)]
+        for part, own in zip(parts, turns(windows, len(parts)), strict=True):
             drawn, origin = calibration_windows(part, tokenizer, len(own), seq_len, seed, load_model, progress)
             own.copy_(drawn)
             origins.append(origin)
@@ -356,6 +356,11 @@ def calibration_windows(
         )
     text = load_text(source, "train")
     return sample_windows(tokenize(tokenizer, text.text), samples, seq_len, seed), text.origin
+
+
+def turns(windows: Tensor, sources: int) -> list[Tensor]:
+    """Of ``windows`` [samples, seq_len], for each of the sources views of those that it gives: they take turns."""
+    return [windows[turn::sources] for turn in range(sources)]
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:
