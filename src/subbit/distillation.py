@@ -46,9 +46,8 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
         windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed)
         job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
-        for layer in job.dense_pass("dense model", hidden, calls, names=()):
-            hidden = layer.after
-        saved = writer.save_work(name, {"windows": windows, "teacher": hidden})
+        teacher = job.dense_output("dense model", hidden, calls)
+        saved = writer.save_work(name, {"windows": windows, "teacher": teacher})
     return saved["windows"], saved["teacher"]
 
 

@@ -97,16 +97,18 @@ class Job:
         calibration = self.recipe.calibration
         return GramCollector(linears, calibration.clip_norm, calibration.min_expert_tokens)
 
-    def run(self, index: int, call: LayerCall, hidden: Tensor) -> Tensor:
+    def run(self, index: int, call: LayerCall, hidden: Tensor, in_place: bool = False) -> Tensor:
         """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, some samples at a time.
 
-        One at a time where token norms are clipped: that is done window by window.
+        One at a time where token norms are clipped: that is done window by window. ``in_place``: into ``hidden``.
         """
         dtype = resolve_precision(self.recipe.calibration.precision, self.device)
         batch = 1 if self.recipe.calibration.clip_norm else max(1, TOKENS // hidden.shape[1])
+        output = hidden if in_place else torch.empty_like(hidden)
         with mixed_precision(dtype, self.device):
-            output = [run_layer(self.layer(index), call, part.to(self.device)).cpu() for part in hidden.split(batch)]
-        return torch.cat(output).float()
+            for part, place in zip(hidden.split(batch), output.split(batch), strict=True):
+                place.copy_(run_layer(self.layer(index), call, part.to(self.device)))
+        return output
 
     def dense_pass(
         self, stage: str, hidden: Tensor, calls: list[LayerCall], names: Container[str] | None = None
@@ -128,6 +130,21 @@ class Job:
                 release(layer)
                 hidden = output
                 report(index + 1, self.layout.num_layers)
+
+    def dense_output(self, stage: str, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
+        """What leaves the last decoder layer of the dense model, in the memory of ``hidden``: there is no room for two.
+
+        Args:
+            stage: what the progress is called.
+            hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; overwritten.
+        """
+        with self.progress.stage(stage) as report:
+            for index in range(self.layout.num_layers):
+                layer = self.materialize(index)
+                self.run(index, calls[index], hidden, in_place=True)
+                release(layer)
+                report(index + 1, self.layout.num_layers)
+        return hidden
 
     def read_others(self, prefix: str, done: set[str]) -> dict[str, Tensor]:
         """Stored tensors under ``prefix`` except ``done``, in the dtype of the checkpoint (float16 for GGUF)."""

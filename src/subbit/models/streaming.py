@@ -224,7 +224,7 @@ def capture_inputs(
     """
     _check_windows(model, windows)
     samples = windows.shape[0]
-    hidden: list[Tensor] = []
+    hidden = torch.empty(0)
     calls: list[LayerCall] = []
     with outside_on_demand(model, layout, source, device):
         for index in range(samples):
@@ -234,11 +234,11 @@ def capture_inputs(
             if index == 1 and not _same(recorded, calls):
                 raise UserError("unsupported model: it gives its decoder layers inputs that depend on the tokens")
             if index == 0:
-                calls = recorded
-            hidden.append(entered[0].to("cpu", torch.float32))
+                calls, hidden = recorded, torch.empty(samples, *entered.shape[1:])
+            hidden[index] = entered[0]
             if progress is not None:
                 progress(index + 1, samples)
-    return torch.stack(hidden), calls
+    return hidden, calls
 
 
 def run_layer(layer: nn.Module, call: LayerCall, hidden: Tensor) -> Tensor:
