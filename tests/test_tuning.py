@@ -1294,6 +1294,18 @@ def test_distillation_on_windows_of_its_own(
     resumed(source, recipe, tmp_path / "out", tmp_path / "whole")
 
 
+def test_text_of_distillation_goes_through_the_dense_model_in_one_copy(source: Path) -> None:
+    """The same as layer by layer with both sides kept, in the memory of what came in: there may be gigabytes of it."""
+    job = job_of(source)
+    windows = torch.randint(3, 90, (5, 12), generator=seeded(0))
+    with torch.no_grad():
+        hidden, calls = capture_inputs(job.model, job.layout, job.source, windows)
+        *_, last = job.dense_pass("kept", hidden, calls)
+        output = job.dense_output("in place", hidden, calls)
+    assert torch.equal(output, last.after)
+    assert output.data_ptr() == hidden.data_ptr()
+
+
 def test_one_window_can_be_resumed(source: Path, recipe_for: Recipes, tmp_path: Path) -> None:
     """Nothing to compare the calls of two windows with."""
     recipe = recipe_for("codes", calibration={"samples": 1, "seq_len": 8}, options={"sweeps": 0}, **TUNING)
