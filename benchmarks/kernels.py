@@ -7,8 +7,9 @@ Weights are streamed: all contenders take turns of a few calls, each on another 
 several times the last-level cache is read. A figure is the median of the calls, without the first one of every turn:
 layers of a model follow layers of the same kind, too. The memory bound of a product is the time in which the same
 threads read as many bytes as the kernel reads, in pages of 2 MiB, measured in the same turns; `ratio_to_bound` is the
-product's time over that. Times are of the operator as a model calls it, Python included. `relative_error` is of inputs
-with eight channels fifty times as large as the others, against float64.
+product's time over that. Times are of the operator as a model calls it, Python included; `kernel_us` and
+`kernel_ratio_to_bound` are those of the kernel alone. `relative_error` is of inputs with eight channels fifty times as
+large as the others, against float64.
 
 Where llama-cpp-python can be found, the types of llama.cpp take turns, too, in the same kind of memory, and
 `speedup_vs_ggml` is over the fastest of them, all below 2.1 bits.
@@ -119,10 +120,18 @@ def dense_call(inputs: Tensor, weights: list[Tensor]) -> Callable[[int], Tensor]
     return lambda copy: torch.nn.functional.linear(inputs, weights[copy])
 
 
-def packed_call(inputs: Tensor, spec: CodesSpec, packed: list[Tensor]) -> Callable[[int], Tensor]:
-    """A product by a native kernel, as the module calls it."""
+def packed_calls(
+    inputs: Tensor, spec: CodesSpec, packed: list[Tensor]
+) -> tuple[Callable[[int], Tensor], Callable[[int], None]]:
+    """A product by a native kernel, as the module calls it, and the kernel alone."""
     products = [native.Product.of(spec, one) for one in packed]
-    return lambda copy: products[copy](inputs, None)
+    output = torch.empty(len(inputs), spec.out_features)
+    given = inputs.data_ptr(), False, len(inputs), 0, False, output.data_ptr(), torch.get_num_threads()
+
+    def kernel(copy: int, kept: Tensor = output) -> None:  # alive as long as its address is used
+        products[copy].multiply(*given)
+
+    return lambda copy: products[copy](inputs, None), kernel
 
 
 def ggml_call(
@@ -166,10 +175,11 @@ def measure(
     errors = {}
     for kind, (spec, packed) in linears.items():
         errors[kind] = error_of(spec, packed, generator)
-        call = packed_call(inputs, spec, [copy_of(packed) for _ in range(copies)])
+        call, kernel = packed_calls(inputs, spec, [copy_of(packed) for _ in range(copies)])
         # What comes next after reading memory is a tenth slower, too; it reads other copies than its timed turn does.
         contenders.setdefault("start", Contender(call, copies, calls=copies // 2))
         contenders[kind] = Contender(call, copies)
+        contenders[f"{kind} kernel"] = Contender(kernel, copies, calls=copies // 2)
 
     for contender in contenders.values():
         contender.run()
@@ -198,6 +208,8 @@ def measure(
                 "us": contenders[kind].median * 1e6,
                 "bits_per_weight_read": bits[kind],
                 "ratio_to_bound": contenders[kind].median * bandwidth / sizes[kind],
+                "kernel_us": contenders[f"{kind} kernel"].median * 1e6,
+                "kernel_ratio_to_bound": contenders[f"{kind} kernel"].median * bandwidth / sizes[kind],
                 "speedup_vs_torch_fp32": fp32 / contenders[kind].median,
                 "speedup_vs_torch_bf16": bf16 / contenders[kind].median,
                 "speedup_vs_ggml": best and best / contenders[kind].median,
@@ -213,7 +225,7 @@ def show(result: dict[str, Any]) -> None:
     title = f"{result['shape']}, batch {result['batch']}, {result['threads']} threads, {native.variant()}; "
     title += f"memory {result['memory_gb_per_s']:.1f} GB/s, torch fp32 {result['torch_fp32_us']:.0f} µs, "
     title += f"bf16 {result['torch_bf16_us']:.0f} µs"
-    names = ("N:M", "bits read", "µs", "÷ bound", "× fp32", "× bf16", "× ggml", "error")
+    names = ("N:M", "bits read", "µs", "÷ bound", "kernel ÷ bound", "× fp32", "× bf16", "× ggml", "error")
     table = Table(*names, title=title, title_justify="left")
     for kind, row in result["kernels"].items():
         table.add_row(
@@ -221,6 +233,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['bits_per_weight_read']:.3f}",
             f"{row['us']:.0f}",
             f"{row['ratio_to_bound']:.2f}",
+            f"{row['kernel_ratio_to_bound']:.2f}",
             f"{row['speedup_vs_torch_fp32']:.1f}",
             f"{row['speedup_vs_torch_bf16']:.1f}",
             "–" if row["speedup_vs_ggml"] is None else f"{row['speedup_vs_ggml']:.1f}",
