@@ -33,7 +33,7 @@ def touched(recipe: Recipe, text: str, tokens: int) -> Tensor:
         draws.append((distillation.samples, recipe.distillation_seq_len, recipe.distillation_seed))
     parts = split_sources(calibration.source)
     for samples, seq_len, seed in draws:
-        for part, own in zip(parts, turns(torch.empty(samples, seq_len), len(parts)), strict=True):
+        for part, own in zip(parts, turns(torch.arange(samples), len(parts)), strict=True):
             if Path(part).name == Path(text).name:
                 seen[sample_windows(torch.arange(tokens), len(own), seq_len, seed)] = True
     return seen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from commands import Run
 from families import tiny_model
+from scripts import benchmark
 
 import subbit
 from subbit import Recipe, UserError
@@ -180,14 +180,7 @@ def test_bytes_read_of_packed_modules(packed: Path) -> None:
 
 def decode_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a model of a toy's shape."""
-    path = Path(__file__).parents[1] / "benchmarks" / "decode.py"
-    spec = importlib.util.spec_from_file_location("decode", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "decode", script)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])  # last: kernels.py there is no package
-    spec.loader.exec_module(script)
+    script = benchmark("decode")
     sizes = {"HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 64}
     for name, value in sizes.items():
         monkeypatch.setattr(script, name, value)

@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from commands import Run, assert_one_line
+from scripts import benchmark
 
 import subbit
 from subbit import Recipe, UserError
@@ -808,20 +809,6 @@ def test_sweep_and_compare_on_the_command_line(pretend: Pretended, run: Run, tex
 
 
 # ---- the benchmarks --------------------------------------------------------------------------------------------------
-
-
-def benchmark(name: str) -> ModuleType:
-    """A script of the folder benchmarks as a module; they import each other as scripts of one folder do."""
-    folder = str(ROOT / "benchmarks")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_papers_sweep_is_well_formed() -> None:

@@ -110,6 +110,15 @@ class Job:
                 place.copy_(run_layer(self.layer(index), call, part.to(self.device)))
         return output
 
+    def dense_layers(self, stage: str) -> Iterator[int]:
+        """The decoder layers by number, each in memory until the next one; ``stage`` is what the progress is called."""
+        with self.progress.stage(stage) as report:
+            for index in range(self.layout.num_layers):
+                layer = self.materialize(index)
+                yield index
+                release(layer)
+                report(index + 1, self.layout.num_layers)
+
     def dense_pass(
         self, stage: str, hidden: Tensor, calls: list[LayerCall], names: Container[str] | None = None
     ) -> Iterator[DenseLayer]:
@@ -120,16 +129,12 @@ class Job:
             hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; not changed.
             names: of the linears to look at; None: all.
         """
-        with self.progress.stage(stage) as report:
-            for index in range(self.layout.num_layers):
-                layer = self.materialize(index)
-                linears = {name: one for name, one in self.linears(index).items() if names is None or name in names}
-                with self.collect_grams(linears) as grams:
-                    output = self.run(index, calls[index], hidden)
-                yield DenseLayer(linears, grams, hidden, output)
-                release(layer)
-                hidden = output
-                report(index + 1, self.layout.num_layers)
+        for index in self.dense_layers(stage):
+            linears = {name: one for name, one in self.linears(index).items() if names is None or name in names}
+            with self.collect_grams(linears) as grams:
+                output = self.run(index, calls[index], hidden)
+            yield DenseLayer(linears, grams, hidden, output)
+            hidden = output
 
     def dense_output(self, stage: str, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
         """What leaves the last decoder layer of the dense model, in the memory of ``hidden``: there is no room for two.
@@ -138,12 +143,8 @@ class Job:
             stage: what the progress is called.
             hidden: (samples, seq_len, hidden) float32, what enters the first decoder layer; overwritten.
         """
-        with self.progress.stage(stage) as report:
-            for index in range(self.layout.num_layers):
-                layer = self.materialize(index)
-                self.run(index, calls[index], hidden, in_place=True)
-                release(layer)
-                report(index + 1, self.layout.num_layers)
+        for index in self.dense_layers(stage):
+            self.run(index, calls[index], hidden, in_place=True)
         return hidden
 
     def read_others(self, prefix: str, done: set[str]) -> dict[str, Tensor]:

@@ -359,7 +359,7 @@ def calibration_windows(
 
 
 def turns(windows: Tensor, sources: int) -> list[Tensor]:
-    """Of ``windows`` [samples, seq_len], for each of the sources views of those that it gives: they take turns."""
+    """Of ``windows`` [samples, …], for each of the sources a view of those that it gives: they take turns."""
     return [windows[turn::sources] for turn in range(sources)]
 
 
