@@ -419,8 +419,8 @@ def test_without_borrowing_an_expert_without_tokens_is_named(recipe_for: Recipes
     subbit.compress(source, recipe, out, progress=progress)
     assert not any("min_expert_tokens" in line for line in progress.lines)
     named = [line for line in progress.lines if "no calibration token reached it" in line]
-    assert len(named) == 9
-    assert all(".experts.4." in line for line in named)
+    assert len([line for line in named if ".experts.4." in line]) == 9
+    assert all(".experts." in line for line in named)  # by chance another one may get none, too
 
 
 def test_a_stopped_run_goes_on(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
         windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed)
         job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
-        teacher = job.dense_output("dense model", hidden, calls)
+        teacher = job.dense_output("dense model", job.settled(hidden), calls)
         saved = writer.save_work(name, {"windows": windows, "teacher": teacher})
     return saved["windows"], saved["teacher"]
 
@@ -88,6 +88,7 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
                 seed=job.recipe.calibration.seed,
                 dtype=dtype,
                 device=job.device,
+                recorded=not routes_tokens(layers),
                 start=start,
                 optimizer_state={
                     k.removeprefix("optimizer."): v for k, v in saved.items() if k.startswith("optimizer.")
@@ -103,6 +104,11 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
         tuned = [tuned_linears(job, layer, index) for index, layer in enumerate(layers)]
         errors = output_errors(job, tuned, embedded, calls)
         write_layers(job, writer, layers, tuned, errors, facts)
+
+
+def routes_tokens(layers: list[nn.Module]) -> bool:
+    """Whether a layer has experts: what they compute depends on the tokens."""
+    return any(path.endswith("experts") for layer in layers for path, _ in layer.named_modules())
 
 
 def embed(job: Job, source: ModelSource, writer: CheckpointWriter, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:

@@ -21,14 +21,14 @@ EFFORTS: dict[str, dict[str, Any]] = {
     # every decoder layer tuned, then the whole model: 75 minutes, on two cores 44
     "standard": {
         "options": {"sweeps": 2, "column_scales": False},
-        "calibration": {"samples": 256, "seq_len": 256, "clip_norm": 0.0},
+        "calibration": {"samples": 256, "seq_len": 256},
         "reconstruction": {"steps": 128, "batch": 2},
         "distillation": {"steps": 1440, "batch": 2, "samples": 2888, "latent_rate": 1e-3, "held_out": 8},
     },
     # the same with more text and more steps: a night
     "best": {
         "options": {"sweeps": 3, "column_scales": False},
-        "calibration": {"samples": 768, "seq_len": 256, "clip_norm": 0.0},
+        "calibration": {"samples": 768, "seq_len": 256},
         "reconstruction": {"steps": 384, "batch": 2},
         "distillation": {"steps": 4000, "batch": 2, "samples": 8016, "latent_rate": 1e-3, "held_out": 16},
     },

@@ -23,6 +23,7 @@ __all__ = ["DenseLayer", "Job"]
 
 
 TOKENS = 2048  # that run through a layer at a time: enough for every core, little memory
+GPU_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,21 @@ class Job:
         calibration = self.recipe.calibration
         return GramCollector(linears, calibration.clip_norm, calibration.min_expert_tokens)
 
-    def run(self, index: int, call: LayerCall, hidden: Tensor, in_place: bool = False) -> Tensor:
-        """Output of a materialized layer, (samples, seq_len, hidden) float32 on the CPU, some samples at a time.
+    def settled(self, hidden: Tensor) -> Tensor:
+        """Hidden states (samples, seq_len, hidden) where they stay: on a GPU that has eight times the memory free."""
+        if self.device.type != "cuda" or 8 * hidden.nbytes > torch.cuda.mem_get_info(self.device)[0]:
+            return hidden
+        return hidden.to(self.device)
 
-        One at a time where token norms are clipped: that is done window by window. ``in_place``: into ``hidden``.
+    def run(self, index: int, call: LayerCall, hidden: Tensor, in_place: bool = False) -> Tensor:
+        """Output of a materialized layer, (samples, seq_len, hidden) float32, on the device of ``hidden``.
+
+        Some samples at a time; one where token norms are clipped: that is done window by window. ``in_place``: into
+        ``hidden``.
         """
         dtype = resolve_precision(self.recipe.calibration.precision, self.device)
-        batch = 1 if self.recipe.calibration.clip_norm else max(1, TOKENS // hidden.shape[1])
+        tokens = TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        batch = 1 if self.recipe.calibration.clip_norm else max(1, tokens // hidden.shape[1])
         output = hidden if in_place else torch.empty_like(hidden)
         with mixed_precision(dtype, self.device):
             for part, place in zip(hidden.split(batch), output.split(batch), strict=True):

@@ -97,6 +97,7 @@ def compress(
             planned = {"sparsities": sparsities, "left_dense": dense, "embeddings": embeddings.to_dict()}
             writer.begin({"calibration": origin, **planned}, windows, hidden)
             writer.log("start", model=str(model), calibration=origin, device=str(job.device))
+        hidden = {who: job.settled(states) for who, states in hidden.items()}
         compress_layers(job, writer, hidden, calls)
         if recipe.distillation.steps and "distillation" not in writer.state:
             quantized = quantized_source(job, embeddings, packed)

@@ -42,7 +42,7 @@ class Calibration(Section):
     seq_len: int = Field(default=512, ge=2)  # tokens of a window
     seed: int = Field(default=0, ge=0, lt=2**32)
     clip_norm: float = Field(
-        default=2.0, ge=0
+        default=0.0, ge=0
     )  # tokens longer than this multiple of the median count as that long; 0: off
     precision: Precision = (
         "auto"  # of matrix products when the text runs through the layers; auto: bfloat16 where the hardware has it

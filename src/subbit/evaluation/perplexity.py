@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subbit.calibration.text import Progress, check_context, eval_mode, load_text, tokenize
 from subbit.errors import UserError
+from subbit.models.logits import rows_at_once
 from subbit.runtime.dispatch import choose
 from subbit.runtime.linear import SubbitLinear
 
@@ -32,8 +33,6 @@ __all__ = [
 
 Observer = Callable[[Tensor, Tensor], None]
 """Called with a window [seq_len] int64 and the logits [seq_len - 1, vocabulary] of its predictions."""
-
-_CACHED = 1 << 20  # logits of a log-softmax: in a processor's cache it is three times as fast as over a whole window
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def split_windows(model: PreTrainedModel, token_ids: Tensor, seq_len: int, max_w
 def _window_nll(logits: Tensor, window: Tensor) -> float:
     """Mean NLL in nats of the seq_len - 1 predictions in a window [seq_len], from their logits [seq_len - 1, vocab]."""
     targets = window[1:].to(logits.device)
-    rows = max(1, _CACHED // logits.shape[-1])
+    rows = rows_at_once(logits)
     parts = zip(logits.split(rows), targets.split(rows), strict=True)
     losses = [cross_entropy(part.to(torch.float32), wanted, reduction="none") for part, wanted in parts]
     return float(torch.cat(losses).cpu().to(torch.float64).sum()) / targets.numel()  # a GPU is waited for once

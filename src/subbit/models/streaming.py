@@ -27,6 +27,8 @@ from subbit.models.source import ModelSource
 
 __all__ = ["LayerCall", "capture_inputs", "materialize", "outside_on_demand", "release", "run_head", "run_layer"]
 
+_TOKENS = 4096  # that are embedded at a time
+
 
 # ---- tensors in and out ----------------------------------------------------------------------------------------------
 
@@ -219,25 +221,30 @@ def capture_inputs(
     `model` is a skeleton, `windows` token ids [samples, seq_len] without padding. Returns the hidden states
     [samples, seq_len, hidden] float32 on the CPU, and one `LayerCall` a layer with tensors on `device`. Only modules
     that run before the decoder layers are filled, one after another, and released at the end; `progress(done, total)`
-    is called after each window. A `UserError` says if the windows do not fit the model, or if the model is one whose
+    counts windows. A `UserError` says if the windows do not fit the model, or if the model is one whose
     layers cannot be run one by one.
     """
     _check_windows(model, windows)
     samples = windows.shape[0]
     hidden = torch.empty(0)
     calls: list[LayerCall] = []
+    # The second window is recorded in full as well: calls that depend on the tokens cannot be shared.
+    parts = [windows[:1], windows[1:2], *windows[2:].split(max(1, _TOKENS // windows.shape[1]))]
+    done = 0
     with outside_on_demand(model, layout, source, device):
-        for index in range(samples):
-            # The second window is recorded in full as well: calls that depend on the tokens cannot be shared.
-            depth = layout.num_layers if index < 2 else 1
-            entered, recorded = _record(model, layout, windows[index : index + 1].to(device), depth)
-            if index == 1 and not _same(recorded, calls):
+        for number, part in enumerate(parts):
+            if not len(part):
+                continue
+            depth = layout.num_layers if number < 2 else 1
+            entered, recorded = _record(model, layout, part.to(device), depth)
+            if number == 1 and not _same(recorded, calls):
                 raise UserError("unsupported model: it gives its decoder layers inputs that depend on the tokens")
-            if index == 0:
+            if number == 0:
                 calls, hidden = recorded, torch.empty(samples, *entered.shape[1:])
-            hidden[index] = entered[0]
+            hidden[done : done + len(part)] = entered
+            done += len(part)
             if progress is not None:
-                progress(index + 1, samples)
+                progress(done, samples)
     return hidden, calls
 
 

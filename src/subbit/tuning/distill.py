@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from subbit.models.logits import rows_at_once
 from subbit.models.streaming import LayerCall, run_layer
+from subbit.tuning.graph import Replayed
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate
 from subbit.tuning.precision import mixed_precision
 
 __all__ = ["Head", "Student", "distill", "divergence", "divergences", "mean_divergence", "optimizer_tensors"]
 
 CHUNK = 256  # positions whose logits are in memory at a time
-CACHED = 1 << 20  # logits whose softmax is computed at a time: in the processor's cache it is three times as fast
 
 Head = Callable[[Tensor], Tensor]
 
@@ -40,21 +41,22 @@ class Student:
         hidden = embedded
         for layer, call in zip(self.layers, self.calls, strict=True):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden = checkpoint(run_layer, layer, call, hidden, use_reentrant=False)
+                # no layer draws random numbers here, and a CUDA graph cannot read the state of their generator
+                hidden = checkpoint(run_layer, layer, call, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = run_layer(layer, call, hidden)
         return hidden
 
 
-def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> tuple[float, Tensor | None]:
-    """Mean over tokens of KL(teacher ‖ student) in nats, and its gradient with respect to ``student``.
+def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Mean over tokens of KL(teacher ‖ student) in nats, a float64 scalar, and its gradient by ``student``.
 
     Args:
         student, teacher: (..., hidden), what leaves the last decoder layer of each.
         gradient: whether to compute it; the logits exist only a chunk of positions at a time either way.
     """
     tokens = student.shape[:-1].numel()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
     slopes = []
     for part, target in zip(chunks(student.detach()), chunks(teacher), strict=True):
         with torch.no_grad():
@@ -63,26 +65,26 @@ def divergence(student: Tensor, teacher: Tensor, head: Head, gradient: bool) -> 
             logits = head(part.requires_grad_(gradient)[None])[0]
         values = logits.detach()
         slope = torch.empty_like(values) if gradient else None
-        total += kl_sum(values, wanted, slope) / tokens
+        total += kl_sum(values, wanted, slope)
         if slope is not None:
             slopes.append(torch.autograd.grad(logits, part, slope)[0] / tokens)
-    return total, torch.cat(slopes).view_as(student) if gradient else None
+    return total / tokens, torch.cat(slopes).view_as(student) if gradient else None
 
 
-def kl_sum(student: Tensor, teacher: Tensor, slope: Tensor | None) -> float:
-    """Sum over tokens of KL(teacher ‖ student) in nats.
+def kl_sum(student: Tensor, teacher: Tensor, slope: Tensor | None) -> Tensor:
+    """Sum over tokens of KL(teacher ‖ student) in nats, a float64 scalar.
 
     Args:
         student, teacher: (tokens, vocab), logits.
         slope: the same shape and dtype; gets the gradient, which is the student's probabilities minus the teacher's.
     """
-    total = 0.0
-    rows = max(1, CACHED // student.shape[-1] if student.is_cpu else len(student))
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    rows = rows_at_once(student)
     for first in range(0, len(student), rows):
         part = slice(first, first + rows)
         wanted, have = teacher[part].float().log_softmax(-1), student[part].float().log_softmax(-1)
         likely = wanted.exp()
-        total += float(wanted.sub_(have).mul_(likely).sum())
+        total += wanted.sub_(have).mul_(likely).sum()
         if slope is not None:
             slope[part] = have.exp_().sub_(likely)
     return total
@@ -90,15 +92,15 @@ def kl_sum(student: Tensor, teacher: Tensor, slope: Tensor | None) -> float:
 
 def divergences(students: dict[str, Tensor], teacher: Tensor, head: Head) -> dict[str, float]:
     """:func:`divergence` of many students, for which the teacher's logits are computed once."""
-    totals = dict.fromkeys(students, 0.0)
+    totals = {key: torch.zeros((), dtype=torch.float64, device=teacher.device) for key in students}
     parts = {key: chunks(student) for key, student in students.items()}
     tokens = teacher.shape[:-1].numel()
     with torch.no_grad():
         for number, target in enumerate(chunks(teacher)):
             wanted = head(target[None])[0]
             for key, mine in parts.items():
-                totals[key] += kl_sum(head(mine[number][None])[0], wanted, slope=None) / tokens
-    return totals
+                totals[key] += kl_sum(head(mine[number][None])[0], wanted, slope=None).to(teacher.device)
+    return {key: float(total) / tokens for key, total in totals.items()}
 
 
 def chunks(states: Tensor) -> tuple[Tensor, ...]:
@@ -117,6 +119,7 @@ def distill(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    recorded: bool = True,
     start: int = 0,
     optimizer_state: dict[str, Tensor] | None = None,
     after_step: Callable[[int, float, torch.optim.Optimizer], None] | None = None,
@@ -128,24 +131,31 @@ def distill(
         teacher: the same shape, what leaves the teacher's last one.
         batch: windows a step.
         dtype: of matrix products, float32 or bfloat16.
+        recorded: whether a step is a CUDA graph on a GPU: for models whose step is the same work whatever the tokens.
         start: steps that an earlier, interrupted run has done.
         after_step: called with the number of steps done, the step's divergence and the optimizer.
     """
     optimizer = make_optimizer(student.layers, rates)
     if optimizer_state is not None:
         load_optimizer(optimizer, optimizer_state)
+
+    def descend(windows: Tensor, targets: Tensor) -> Tensor:
+        with torch.enable_grad(), mixed_precision(dtype, device):
+            output = student.run(windows)
+            loss, slope = divergence(output, targets, student.head, gradient=True)
+        optimizer.zero_grad(set_to_none=True)
+        output.backward(slope)
+        optimizer.step()
+        return loss
+
+    take = Replayed(descend) if recorded and device.type == "cuda" else descend
     order = window_order(len(embedded), steps * batch, seed)
     for step in range(start, steps):
         chosen = order[step * batch : (step + 1) * batch]
         set_rate(optimizer, step, steps)
-        with torch.enable_grad(), mixed_precision(dtype, device):
-            output = student.run(embedded[chosen].to(device))
-            loss, slope = divergence(output, teacher[chosen].to(device), student.head, gradient=True)
-        optimizer.zero_grad(set_to_none=True)
-        output.backward(slope)
-        optimizer.step()
+        loss = take(embedded[chosen].to(device), teacher[chosen].to(device))
         if after_step is not None:
-            after_step(step + 1, loss, optimizer)
+            after_step(step + 1, float(loss), optimizer)
 
 
 def window_order(windows: int, draws: int, seed: int) -> Tensor:
@@ -164,7 +174,7 @@ def mean_divergence(
             divergence(student.run(one[None].to(device)), other[None].to(device), student.head, gradient=False)[0]
             for one, other in zip(embedded, teacher, strict=True)
         ]
-    return sum(values) / max(len(values), 1)
+    return float(torch.stack(values).mean()) if values else 0.0
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
@@ -173,10 +183,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -
         moments = {
             key: state[f"{number}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in state
         }
-        # AdamW wants its count of steps on the CPU
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
-        }
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subbit.tuning.tunable import Tunable
 
@@ -40,20 +40,25 @@ def tuned_norms(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def make_optimizer(modules: Iterable[nn.Module], rates: Rates) -> torch.optim.AdamW:
     """AdamW over the tunable linears and norms inside ``modules``; all their other parameters are frozen."""
-    groups: list[tuple[list[nn.Parameter], float]] = [([], rates.latents), ([], rates.scales), ([], rates.norms)]
+    kinds: list[tuple[list[nn.Parameter], float]] = [([], rates.latents), ([], rates.scales), ([], rates.norms)]
     for module in modules:
         module.requires_grad_(False)
         for tunable in (m for m in module.modules() if isinstance(m, Tunable)):
-            groups[0][0].extend(tunable.latent_parameters())
-            groups[1][0].extend(tunable.scale_parameters())
-        groups[2][0].extend(tuned_norms(module).values())
-    used = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in groups if parameters and rate > 0]
-    for group in used:
-        for parameter in group["params"]:  # type: ignore[attr-defined]
+            kinds[0][0].extend(tunable.latent_parameters())
+            kinds[1][0].extend(tunable.scale_parameters())
+        kinds[2][0].extend(tuned_norms(module).values())
+    used = [(parameters, rate) for parameters, rate in kinds if parameters and rate > 0]
+    for parameters, _ in used:
+        for parameter in parameters:
             parameter.requires_grad_(True)
-    # one pass over memory instead of ten; on a GPU torch's default is as good
-    fused = all(p.is_cpu for group in used for p in group["params"]) or None  # type: ignore[attr-defined]
-    return torch.optim.AdamW(used, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    on_gpu = any(parameters[0].is_cuda for parameters, _ in used)
+    groups = [
+        # a recorded step reads its rate from the GPU
+        {"params": parameters, "lr": torch.tensor(rate, device=parameters[0].device) if on_gpu else rate, "rate": rate}
+        for parameters, rate in used
+    ]
+    # fused: one pass over memory instead of ten
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
@@ -65,4 +70,8 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     share = (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps)) + LAST
     warm = min(1.0, (step + 1) / (1 + min(WARM_UP * steps, WARM_UP_STEPS))) ** 2
     for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * share * warm
+        rate = group["rate"] * share * warm
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

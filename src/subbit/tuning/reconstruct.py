@@ -64,7 +64,7 @@ def reconstruct(
     optimizer = make_optimizer([layer], rates)
     generator = torch.Generator().manual_seed(seed)
     weights = token_weights(targets, token_exponent, first_token) * len(targets) / batch
-    errors = []
+    errors: list[Tensor] = []
     order = torch.empty(0, dtype=torch.long)
     with torch.enable_grad():
         for step in range(steps):
@@ -79,9 +79,14 @@ def reconstruct(
             optimizer.zero_grad(set_to_none=True)
             error.backward()
             optimizer.step()
-            errors.append(float(error.detach()))
+            errors.append(error.detach())  # no number yet: that would be waiting for a GPU in every step
             if progress is not None:
                 progress(step + 1, steps)
     layer.requires_grad_(False)
     part = max(1, steps // 10)
-    return sum(errors[:part]) / part, sum(errors[-part:]) / part
+    return mean(errors[:part]), mean(errors[-part:])
+
+
+def mean(errors: list[Tensor]) -> float:
+    """Of scalars; 0 for none."""
+    return float(torch.stack(errors).double().mean()) if errors else 0.0
