@@ -160,10 +160,10 @@ def latent_signs(latent: Tensor, sparsity: Sparsity, dtype: torch.dtype = torch.
 
 def round_all_pairs(latent: Tensor, sparsity: Sparsity, dtype: torch.dtype) -> Tensor:
     """:func:`latent_signs` in a few operations, M times as large: on a GPU every one of them costs a launch."""
-    size = latent.abs().reshape(-1, sparsity.m)
-    mine, other = size[:, :, None], size[:, None, :]
-    earlier = torch.ones(sparsity.m, sparsity.m, dtype=torch.bool, device=latent.device).tril(-1)
-    before = torch.where(earlier, other >= mine, other > mine).sum(dim=2, dtype=torch.int8)
+    size = latent.abs().float().reshape(-1, sparsity.m)
+    # The bits of floats that are not negative are in the order of the floats; the column decides between equal ones.
+    key = size.view(torch.int32).long() * sparsity.m - torch.arange(sparsity.m, device=latent.device)
+    before = (key[:, None, :] > key[:, :, None]).sum(dim=2, dtype=torch.int8)
     kept = (before < sparsity.n).view(latent.shape)
     return torch.where(latent < 0, -1.0, 1.0).mul_(kept).to(dtype)
 
