@@ -107,6 +107,15 @@ def test_replayed_is_the_function() -> None:
         torch.testing.assert_close(replayed(inputs, shift), expected)
 
 
+def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    """A function that waits for the GPU; with one warning."""
+    replayed = Replayed(lambda inputs: inputs * float(inputs.sum()))
+    for _ in range(6):
+        inputs = torch.randn(4, device="cuda")
+        torch.testing.assert_close(replayed(inputs), inputs * inputs.sum())
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("m", [4, 8, 16])
 def test_latents_are_rounded_as_on_the_cpu(m: int) -> None:
     """Ties included."""

@@ -53,6 +53,7 @@ from subbit.tuning.distill import (
     optimizer_tensors,
     window_order,
 )
+from subbit.tuning.graph import Replayed
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate, tuned_norms
 from subbit.tuning.precision import mixed_precision, resolve_precision
 from subbit.tuning.reconstruct import reconstruct, token_weights
@@ -732,6 +733,25 @@ def test_distillation_lowers_the_divergence(
     if dtype == torch.float32:
         for name, parameter in results[0].items():
             assert torch.allclose(parameter, results[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a GPU: its calls are what torch's raise where a function waits for one."""
+
+    def refuse(graph: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    replayed = Replayed(lambda inputs: inputs + 1)
+    monkeypatch.setattr(replayed, "_warm_up", lambda inputs: inputs[0] + 1)
+    for call in range(6):
+        assert replayed(torch.tensor([float(call)])).item() == call + 1
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "operation not permitted when stream is capturing"
+    ]
 
 
 def test_the_moments_of_the_optimizer_survive(taught: tuple[Job, Tensor, Tensor, list[LayerCall]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor
 
 __all__ = ["Replayed"]
 
+logger = logging.getLogger(__name__)
+
 WARM_UP = 3  # calls before a function is recorded: libraries and optimizers prepare themselves in the first ones
 
 
 class Replayed:
     """A function on a GPU that is recorded at its fourth call, and replayed from then on.
 
-    It must do the same work whatever the numbers are, wait for nothing, and take tensors of one shape in every call.
-    What a call returns is overwritten by the next one. Source: the whole-network capture of torch's notes on CUDA.
+    It must do the same work whatever the numbers are, wait for nothing, and take tensors of one shape in every call;
+    one that waits cannot be recorded, and is called again and again, with a warning. What a call returns is overwritten
+    by the next one. Source: the whole-network capture of torch's notes on CUDA.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -31,15 +35,27 @@ class Replayed:
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._warm_up(inputs)
+        if self._calls == WARM_UP + 1:
+            self._record(inputs)
         if self._graph is None:
-            self._inputs = tuple(one.clone() for one in inputs)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._output = self._function(*self._inputs)
+            return self._function(*inputs)
         for place, one in zip(self._inputs, inputs, strict=True):
             place.copy_(one)
         self._graph.replay()
         return self._output
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        """A graph, or a warning that there is none."""
+        self._inputs = tuple(one.clone() for one in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._output = self._function(*self._inputs)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logger.warning("a step of this model cannot be recorded, so every step is slow: %s", reason)
+        else:
+            self._graph = graph
 
     def _warm_up(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """On another stream, as recording asks for."""
