@@ -1,4 +1,4 @@
-"""How much work a run may be: three sets of recipe values for ``codes``, from minutes to a night."""
+"""How much work a run may be: three sets of recipe values for ``codes``, from minutes to hours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "reconstruction": {"steps": 128, "batch": 2},
         "distillation": {"steps": 1440, "batch": 2, "samples": 2888, "latent_rate": 1e-3, "held_out": 8},
     },
-    # the same with more text and more steps: a night
+    # the same with three times the text and the steps: four hours
     "best": {
         "options": {"sweeps": 3, "column_scales": False},
         "calibration": {"samples": 768, "seq_len": 256},
