@@ -415,12 +415,13 @@ def test_an_expert_without_tokens_is_compressed_and_said_so(recipe_for: Recipes,
 def test_without_borrowing_an_expert_without_tokens_is_named(recipe_for: Recipes, tmp_path: Path) -> None:
     source, out = starved_model(tmp_path / "source"), tmp_path / "out"
     progress = Lines()
-    recipe = recipe_for("codes", calibration={"min_expert_tokens": 0}, options={"sweeps": 0})
+    # not clipped, another expert happens to get no token of a later layer, too
+    recipe = recipe_for("codes", calibration={"min_expert_tokens": 0, "clip_norm": 2.0}, options={"sweeps": 0})
     subbit.compress(source, recipe, out, progress=progress)
     assert not any("min_expert_tokens" in line for line in progress.lines)
     named = [line for line in progress.lines if "no calibration token reached it" in line]
-    assert len([line for line in named if ".experts.4." in line]) == 9
-    assert all(".experts." in line for line in named)  # by chance another one may get none, too
+    assert len(named) == 9
+    assert all(".experts.4." in line for line in named)
 
 
 def test_a_stopped_run_goes_on(tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:

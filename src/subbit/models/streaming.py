@@ -229,12 +229,10 @@ def capture_inputs(
     hidden = torch.empty(0)
     calls: list[LayerCall] = []
     # The second window is recorded in full as well: calls that depend on the tokens cannot be shared.
-    parts = [windows[:1], windows[1:2], *windows[2:].split(max(1, _TOKENS // windows.shape[1]))]
+    parts = [*windows[:2].split(1), *windows[2:].split(max(1, _TOKENS // windows.shape[1]))]
     done = 0
     with outside_on_demand(model, layout, source, device):
-        for number, part in enumerate(parts):
-            if not len(part):
-                continue
+        for number, part in enumerate(part for part in parts if len(part)):
             depth = layout.num_layers if number < 2 else 1
             entered, recorded = _record(model, layout, part.to(device), depth)
             if number == 1 and not _same(recorded, calls):

@@ -92,15 +92,15 @@ def kl_sum(student: Tensor, teacher: Tensor, slope: Tensor | None) -> Tensor:
 
 def divergences(students: dict[str, Tensor], teacher: Tensor, head: Head) -> dict[str, float]:
     """:func:`divergence` of many students, for which the teacher's logits are computed once."""
-    totals = {key: torch.zeros((), dtype=torch.float64, device=teacher.device) for key in students}
+    totals = dict.fromkeys(students, 0.0)
     parts = {key: chunks(student) for key, student in students.items()}
     tokens = teacher.shape[:-1].numel()
     with torch.no_grad():
         for number, target in enumerate(chunks(teacher)):
             wanted = head(target[None])[0]
             for key, mine in parts.items():
-                totals[key] += kl_sum(head(mine[number][None])[0], wanted, slope=None).to(teacher.device)
-    return {key: float(total) / tokens for key, total in totals.items()}
+                totals[key] += float(kl_sum(head(mine[number][None])[0], wanted, slope=None)) / tokens
+    return totals
 
 
 def chunks(states: Tensor) -> tuple[Tensor, ...]:
