@@ -8,7 +8,7 @@ twice. ``--list`` prints what a group consists of. The report is comparison.md a
     headline           the papers' tables: BiLLM, ARB-LLM (X, RC), STBLLM, PBS²P at 4:8, 5:8, 6:8 (and unpruned)
     baselines          RTN and GPTQ at 1 to 4 bits, BiLLM and ARB-LLM unpruned
     stbllm-ablations   one choice of STBLLM changed at a time
-    stbllm-solved      what STBLLM's paper claims, with scales solved for the output, where it does not collapse
+    stbllm-solved      choices of STBLLM with scales solved for the output, where it does not collapse
     pbs2p-ablations    one choice of PBS²P changed at a time
     frontier           codes at 0.5 to 1.4 stored bits, with --effort
 """
@@ -52,6 +52,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "up to 49 salient columns": {"options": {"salient_columns": 49}},
     "N the same in all layers": {"allocation": {"kind": "uniform"}},
     "N by outliers (OWL)": {"allocation": {"kind": "outliers"}},
+    "N by depth (sine)": {"allocation": {"kind": "sine"}},
+    "N by the order of importance": {"allocation": {"spread": "rank"}},
     "blocks of 64 columns": {"options": {"block_size": 64}},
     "blocks of 256 columns": {"options": {"block_size": 256}},
     "blocks of 512 columns": {"options": {"block_size": 512}},
@@ -81,18 +83,28 @@ STBLLM_CHANGES: dict[str, dict[str, Any]] = {
     "N by cosine similarity": {"allocation": {"kind": "cosine"}},
     **SHARED,
 }
-CLAIMS = (
+# Choices of STBLLM's paper where the method does not collapse, and its scores with clipping, which turns their order.
+SOLVED = (
     "score magnitude",
     "score Wanda",
+    "score SparseGPT",
+    "score RIA (SI not standardized)",
+    "activation exponent 0.5",
+    "pruned weights not compensated in the block",
     "grouping bell",
+    "grouping none",
+    "thresholds on the saliency",
     "N the same in all layers",
+    "N by cosine similarity",
+    "N by the order of importance",
+    "compensation off",
     "compensation diagonal",
+    "no salient columns",
     CLIPPED,
 )
-# What STBLLM's paper claims, and its scores where clipping turns their order around.
-STBLLM_CLAIMS: dict[str, dict[str, Any]] = {
-    **{name: STBLLM_CHANGES[name] for name in CLAIMS},
-    **{f"{name}, {CLIPPED}": merge(STBLLM_CHANGES[name], SHARED[CLIPPED]) for name in CLAIMS[:2]},
+STBLLM_SOLVED: dict[str, dict[str, Any]] = {
+    **{name: STBLLM_CHANGES[name] for name in SOLVED},
+    **{f"{name}, {CLIPPED}": merge(STBLLM_CHANGES[name], SHARED[CLIPPED]) for name in SOLVED[:2]},
 }
 PBS2P_CHANGES: dict[str, dict[str, Any]] = {
     "as the paper writes it": PBS2P_PAPER,
@@ -186,7 +198,7 @@ GROUPS: dict[str, Callable[[dict[str, Any], str], list[Entry]]] = {
     "headline": headline,
     "baselines": baselines,
     "stbllm-ablations": ablations("stbllm-ablations", "STBLLM", STBLLM_CHANGES),
-    "stbllm-solved": ablations("stbllm-solved", "STBLLM, scales solved", STBLLM_CLAIMS),
+    "stbllm-solved": ablations("stbllm-solved", "STBLLM, scales solved", STBLLM_SOLVED),
     "pbs2p-ablations": ablations("pbs2p-ablations", "PBS²P", PBS2P_CHANGES),
     "frontier": frontier,
 }

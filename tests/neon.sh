@@ -11,6 +11,6 @@ trap 'rm -rf "$work"' EXIT
 sources=src/subbit/runtime/cpu
 for flags in "" "-fsanitize=address,undefined -fno-sanitize-recover=undefined"; do
     aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -DSUBBIT_NEON -I$sources $flags -pthread -o "$work/neon" \
-        tests/neon.cpp $sources/{codes,neon,portable,rows,team}.cpp
+        tests/neon.cpp $sources/{codes,grouped,neon,portable,rows,team}.cpp
     ASAN_OPTIONS=detect_leaks=0 "$emulator" -L /usr/aarch64-linux-gnu "$work/neon"
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The native kernels under the address and undefined-behaviour sanitizers: builds an instrumented extension in a copy of
-# the sources and runs tests/test_native.py on it. Needs gcc (or CXX=clang++) and an environment with the dev extra:
+# the sources and runs the tests of the kernels on it. Needs gcc (or CXX=clang++) and an environment with the dev extra:
 # make sanitize, or PYTHON=.venv/bin/python tests/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,4 +27,5 @@ cd "$work"
 site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 preload="$runtime $("${CXX:-c++}" -print-file-name=libstdc++.so.6)"
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$work/src:$site" \
-    SUBBIT_NATIVE=1 "$python" -S -m pytest -q -s -p no:cacheprovider tests/test_native.py -k "not compile" "$@"
+    SUBBIT_NATIVE=1 "$python" -S -m pytest -q -s -p no:cacheprovider tests/test_native.py tests/test_native_grouped.py \
+    -k "not compile" "$@"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import logits_of
+from grouped_linears import random_grouped
 from reference import Blockwise, Floats, ReferenceBlock, ReferenceLinear, Settle
 from reference_baselines import (
     ArbChoices,
@@ -39,7 +40,7 @@ from subbit import CheckpointError, Recipe
 from subbit.binary.compensate import inverse_factor
 from subbit.binary.nm import Sparsity, keep_top
 from subbit.binary.scales import quadratic_error
-from subbit.linears import GroupedBinaryLinear, scale_slots
+from subbit.linears import GroupedBinaryLinear
 from subbit.methods import METHODS
 from subbit.methods.arb import (
     ArbOptions,
@@ -443,39 +444,12 @@ def assert_same(one: GroupedBinaryLinear, other: GroupedBinaryLinear) -> None:
         assert torch.equal(one.column_scales, other.column_scales)
 
 
-def random_linear(n: int, m: int, regions: int, salient_regions: int, columns: bool) -> GroupedBinaryLinear:
-    """Random bits in every field; blocks of 64, the last one short, one without salient columns."""
-    generator = torch.Generator().manual_seed(100 * n + m + 10 * regions + salient_regions)
-    shape, blocks = (5, 208), 4
-    keep = (torch.rand(5, 208 // m, m, generator=generator).argsort(dim=2) < n).reshape(shape)
-    salient = torch.rand(208, generator=generator) < 0.2
-    salient[64:128] = False
-    salient = salient & (salient_regions > 0)
-    low, high = torch.randint(regions, shape, generator=generator), 2 * max(salient_regions, 1)
-    symbol = torch.where(salient, torch.randint(high, shape, generator=generator), low)
-    scales = torch.randn(5, blocks, 2 * regions + 3 * salient_regions, generator=generator).half()
-    if columns:
-        shifts = set(range(scales.shape[2])) - set(scale_slots(regions, scales.shape[2]))
-        scales[..., sorted(shifts)] = 0
-    return GroupedBinaryLinear(
-        Sparsity(n, m),
-        64,
-        regions,
-        keep,
-        (torch.rand(shape, generator=generator) < 0.5) & keep,
-        torch.where(keep, symbol, 0).to(torch.uint8),
-        salient,
-        scales,
-        torch.randn(208, generator=generator).half() if columns else None,
-    )
-
-
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("salient_regions", [0, 1, 2])
 @pytest.mark.parametrize("regions", [1, 2, 3])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 8), (3, 4), (5, 16)])
 def test_packing_is_exact(n: int, m: int, regions: int, salient_regions: int, columns: bool) -> None:
-    linear = random_linear(n, m, regions, salient_regions, columns)
+    linear = random_grouped(n, m, regions, salient_regions, columns)
     spec, tensors = pack_grouped(linear)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == spec.tensors()
     assert_same(linear, spec.unpack(tensors))
@@ -505,14 +479,14 @@ def value_of(linear: GroupedBinaryLinear, i: int, j: int) -> Tensor:
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("salient_regions", [1, 2])
 def test_dense_follows_the_definition(salient_regions: int, columns: bool) -> None:
-    linear = random_linear(4, 8, 2, salient_regions, columns)
+    linear = random_grouped(4, 8, 2, salient_regions, columns)
     expected = torch.stack([torch.stack([value_of(linear, i, j) for j in range(208)]) for i in range(5)])
     assert torch.equal(linear.dense(), expected)
 
 
 def test_files_of_other_methods_do_not_change() -> None:
     """No new key, no new tensor; a description without the keys means what it meant."""
-    spec, tensors = pack_grouped(random_linear(4, 8, 2, 1, columns=False))
+    spec, tensors = pack_grouped(random_grouped(4, 8, 2, 1, columns=False))
     assert list(spec.to_dict()) == [
         "kind", "out_features", "in_features", "n", "m", "block_size", "regions", "has_salient"
     ]  # fmt: skip
@@ -523,7 +497,7 @@ def test_files_of_other_methods_do_not_change() -> None:
 
 
 def test_corrupt_packed_forms() -> None:
-    linear = random_linear(4, 8, 2, 2, columns=True)
+    linear = random_grouped(4, 8, 2, 2, columns=True)
     spec, tensors = pack_grouped(linear)
     with pytest.raises(CheckpointError, match="bytes a row"):
         spec.decode_rows({**tensors, "salient": torch.zeros_like(tensors["salient"])})

@@ -35,7 +35,7 @@ from reference import (
 from reference import rank_columns as reference_ranking
 from torch import Tensor
 
-from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
+from subbit.binary.allocate import allocate, cosine_importance, outlier_share, ranks, spread_importance
 from subbit.binary.compensate import compensate, inverse_factor, prune_sequentially
 from subbit.binary.groups import (
     assign_regions,
@@ -628,6 +628,14 @@ def test_spread_runs_from_the_least_to_the_most_important() -> None:
     assert spread_importance([3.0, 1.0, 2.0], 2, 6) == pytest.approx([6, 2, 4])
     assert spread_importance([3.0, 1.0, 2.0], 4, 4) == pytest.approx([4, 4, 4])
     assert spread_importance([7.0], 1, 5) == [3.0]
+
+
+def test_ranks_are_places_in_the_order_of_importance() -> None:
+    assert ranks([5.0, 900.0, 1.0, 5.0]) == [1.5, 3.0, 0.0, 1.5]
+    assert len(set(ranks([2.0] * 4))) == 1
+    outlier = [40.0, 1.0, 1.1, 1.2, 1.3]
+    assert allocate(spread_importance(outlier, 3, 5), [1] * 5, 4, 8) == [5, 3, 4, 4, 4]
+    assert allocate(spread_importance(ranks(outlier), 3, 5), [1] * 5, 4, 8) == [5, 3, 3, 4, 5]
 
 
 def test_allocation_repairs_wishes_out_of_bounds() -> None:

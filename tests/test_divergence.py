@@ -22,6 +22,7 @@ from subbit import Recipe, UserError
 from subbit.evaluation.divergence import Comparison, DenseCache, Divergence, Reference, divergence_of, ensure_cached
 from subbit.evaluation.perplexity import perplexity
 from subbit.models.source import open_source
+from subbit.runtime import native
 
 Tiny = Callable[[str], Path]
 SEQ_LEN = 40
@@ -255,7 +256,8 @@ def test_eval_with_a_reference(
     assert f"KL(dense ‖ model): mean {found['mean']:.4f} ± {found['standard_error']:.4f}, median" in text
     assert f"same top token: {100 * found['top1']:.2f} ± " in text
     assert f"perplexity {found['reference_perplexity']:.3f} on the same windows" in text
-    assert "64-token windows, no overlap, 3 windows, 189 predicted tokens, float32, torch (" in text
+    backend = "native" if native.reason_missing() is None else "torch"
+    assert f"64-token windows, no overlap, 3 windows, 189 predicted tokens, float32, {backend} (" in text
 
 
 def test_a_wrong_reference_is_one_line(run: Run, compressed: Path, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

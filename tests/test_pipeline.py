@@ -184,10 +184,13 @@ def test_the_recipe_beside_the_weights_is_the_recipe(recipe_for: Recipes, checkp
 # ---- how N is spread -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spread", ["value", "rank"])
 @pytest.mark.parametrize("kind", ["uniform", "sine", "l2", "outliers", "cosine"])
-def test_every_allocation_keeps_the_mean(kind: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path) -> None:
+def test_every_allocation_keeps_the_mean(
+    kind: str, spread: str, tiny: Tiny, recipe_for: Recipes, tmp_path: Path
+) -> None:
     """The weighted mean of N/M is the target to within half a step of one unit."""
-    allocation = {"kind": kind, "n_low": 2.0, "n_high": 6.0, "samples": 2}
+    allocation = {"kind": kind, "n_low": 2.0, "n_high": 6.0, "samples": 2, "spread": spread}
     recipe = recipe_for("stbllm", allocation=allocation, options={"candidates": 8})
     subbit.compress(tiny("llama-gqa"), recipe, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tiny("llama-gqa"))

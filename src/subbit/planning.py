@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subbit.binary.allocate import allocate, cosine_importance, outlier_share, spread_importance
+from subbit.binary.allocate import allocate, cosine_importance, outlier_share, ranks, spread_importance
 from subbit.binary.nm import Sparsity
 from subbit.budget import Choice, plan_budget, stored_bytes
 from subbit.errors import UserError
@@ -132,6 +132,8 @@ def allocate_linears(
     units = allocation_units(job, free)
     sizes = [sum(free[name] for name in unit) for unit in units]
     importance = unit_importance(job, units, hidden[: allocation.samples], calls)
+    if allocation.spread == "rank":
+        importance = ranks(importance)
     low = target.n - 1.0 if allocation.n_low is None else allocation.n_low
     high = target.n + 1.0 if allocation.n_high is None else allocation.n_high
     numbers = allocate(spread_importance(importance, low, high), sizes, target.n, target.m)

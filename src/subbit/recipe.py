@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from subbit.binary.allocate import AllocationKind
+from subbit.binary.allocate import AllocationKind, Spread
 from subbit.binary.nm import Sparsity
 from subbit.errors import UserError
 from subbit.methods import METHODS
@@ -58,6 +58,7 @@ class Allocation(Section):
     kind: AllocationKind = "uniform"
     n_low: float | None = None  # N of the least important layer; None: N − 1
     n_high: float | None = None  # N of the most important layer; None: N + 1
+    spread: Spread = "value"  # N between the two in proportion to the importance (the papers), or to its place in order
     samples: int = Field(default=8, ge=1)  # calibration windows that the importance is measured on (outliers, cosine)
 
 

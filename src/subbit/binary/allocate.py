@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["AllocationKind", "allocate", "allocate_bytes", "cosine_importance", "outlier_share", "spread_importance"]
+__all__ = [
+    "AllocationKind",
+    "Spread",
+    "allocate",
+    "allocate_bytes",
+    "cosine_importance",
+    "outlier_share",
+    "ranks",
+    "spread_importance",
+]
 
 AllocationKind = Literal["uniform", "sine", "l2", "outliers", "cosine", "budget"]
+Spread = Literal["value", "rank"]
 
 SMALLEST_COSINE = 1e-2  # a layer that turns its input around counts as a hundred times the average, not as infinite
 
@@ -37,6 +48,16 @@ def spread_importance(importance: Sequence[float], n_low: float, n_high: float) 
     if most - least < 1e-12:
         return [(n_low + n_high) / 2] * len(importance)
     return [n_low + (n_high - n_low) * (value - least) / (most - least) for value in importance]
+
+
+def ranks(importance: Sequence[float]) -> list[float]:
+    """Places in the order of importance, from the least on; equal ones share theirs.
+
+    One unit that is far more important than all others, often the first decoder layer, leaves no difference between
+    these when values are spread; their places are as far apart as any.
+    """
+    order = sorted(importance)
+    return [(bisect_left(order, value) + bisect_right(order, value) - 1) / 2 for value in importance]
 
 
 def allocate(desired: Sequence[float], sizes: Sequence[int], n: int, m: int) -> list[int]:

@@ -44,5 +44,38 @@ def multiply_rows(
     outputs: int,
     threads: int,
 ) -> None: ...
+
+class GroupedMatrix:
+    def __init__(
+        self,
+        codes: int,
+        symbols: int,
+        scales: int,
+        salient: int,
+        residuals: int,
+        column_scales: int,
+        rows: int,
+        columns: int,
+        n: int,
+        m: int,
+        block_size: int,
+        regions: int,
+        residual_bytes: int,
+    ) -> None: ...
+
+def multiply_grouped(
+    kernels: Kernels,
+    matrix: GroupedMatrix,
+    inputs: int,
+    bfloat16: bool,
+    batch: int,
+    bias: int,
+    bfloat16_bias: bool,
+    outputs: int,
+    threads: int,
+) -> None: ...
+def decode_grouped(
+    kernels: Kernels, matrix: GroupedMatrix, first_row: int, rows: int, weights: int, threads: int
+) -> None: ...
 def read_memory(kernels: Kernels, bytes: int, count: int, threads: int) -> int: ...
 def round_latents(latents: int, groups: int, n: int, m: int, signs: int, bfloat16: bool, threads: int) -> None: ...

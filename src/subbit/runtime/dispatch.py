@@ -10,6 +10,7 @@ import torch
 
 from subbit.packing.codes import CodesSpec
 from subbit.packing.embedding import EmbeddingSpec
+from subbit.packing.grouped import GroupedBinarySpec
 from subbit.packing.spec import LinearSpec
 from subbit.runtime import native
 
@@ -34,9 +35,9 @@ def choose(
     spec: LinearSpec, device: str = "cpu", dtype: torch.dtype = torch.float32, needs_grad: bool = False
 ) -> Backend:
     """The backend of a linear for inputs on a type of device, of a dtype; ``needs_grad``: of the inputs."""
-    if not isinstance(spec, (CodesSpec, EmbeddingSpec)):
+    if not isinstance(spec, (CodesSpec, GroupedBinarySpec, EmbeddingSpec)):
         return Backend("torch", f"no native kernel for {spec.kind}")
-    if not (native.supports(spec.n, spec.m) if isinstance(spec, CodesSpec) else native.supports_rows(spec)):
+    if not supported(spec):
         return Backend("torch", f"no native kernel for {spec.label}")
     if device != "cpu":
         return Backend("torch", f"native kernels run on the CPU, not on {device}")
@@ -52,13 +53,20 @@ def choose(
     return Backend("native", "portable" if slow else native.variant())
 
 
+def supported(spec: CodesSpec | GroupedBinarySpec | EmbeddingSpec) -> bool:
+    """Whether there is a native kernel for its numbers."""
+    if isinstance(spec, CodesSpec):
+        return native.supports(spec.n, spec.m)
+    return native.supports_grouped(spec) if isinstance(spec, GroupedBinarySpec) else native.supports_rows(spec)
+
+
 def summary() -> str:
     """What ``subbit env`` says."""
     missing = native.reason_missing()
     if missing:
         return f"torch reference (unpacks a tile of rows at a time; {missing})"
     there = ", ".join(native.variants())
-    return f"native {native.variant()} (of {there}) for codes linears and packed heads; torch reference for all others"
+    return f"native {native.variant()} (of {there}) for all linears but RTN's and GPTQ's, and packed heads"
 
 
 @lru_cache(maxsize=4)

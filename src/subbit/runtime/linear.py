@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subbit.packing.codes import CodesSpec
+from subbit.packing.grouped import GroupedBinarySpec
 from subbit.packing.spec import LinearSpec
 from subbit.runtime import native
 from subbit.runtime.dispatch import choose
@@ -87,7 +88,10 @@ class SubbitLinear(PackedModule):
         needs_grad = inputs.requires_grad and torch.is_grad_enabled()
         kept = self._native
         if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self._buffers["codes"].numel():  # type: ignore[union-attr]
-            if choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name != "native":
+            by_kernel = choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name == "native"
+            if by_kernel and isinstance(self.spec, GroupedBinarySpec) and native.is_plain(inputs):
+                return native.grouped_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
+            if not by_kernel or isinstance(self.spec, GroupedBinarySpec):
                 return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
             kept = self.prepare()
         return kept(inputs, self._parameters["bias"])

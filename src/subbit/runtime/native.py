@@ -1,4 +1,4 @@
-"""The native kernels of ``codes`` linears, with the operator ``subbit::linear``, and of ``rows_uniform`` heads.
+"""The native kernels of ``codes`` linears (operator ``subbit::linear``), of ``grouped_binary`` linears and of heads.
 
 docs/kernels.md says how they work.
 
@@ -22,8 +22,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from subbit.binary.codebook import kept_columns
 from subbit.errors import CheckpointError, UserError
+from subbit.packing.codec import codeword_bits
 from subbit.packing.codes import CodesSpec
 from subbit.packing.embedding import EmbeddingSpec
+from subbit.packing.grouped import GroupedBinarySpec
+from subbit.packing.spec import LinearSpec
+from subbit.runtime.reference import packed_linear
 
 if TYPE_CHECKING:
     from subbit.runtime import _native
@@ -37,7 +41,10 @@ __all__ = [
     "DTYPES",
     "Product",
     "decode",
+    "decode_grouped",
+    "grouped_linear",
     "is_fast",
+    "is_plain",
     "linear",
     "read_memory",
     "reason_missing",
@@ -46,6 +53,7 @@ __all__ = [
     "rows_linear",
     "stored_codes",
     "supports",
+    "supports_grouped",
     "supports_rows",
     "use",
     "variant",
@@ -60,6 +68,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # that the kernels read and wri
 DENSE_FROM = 16
 TILE_WEIGHTS = 1 << 20  # decoded at a time
 ROWS_UP_TO = 8  # vectors; for more of them a head is decoded a tile at a time
+GROUPED_UP_TO = 4  # vectors, likewise of a grouped_binary linear
 
 
 def reason_missing() -> str | None:
@@ -77,6 +86,12 @@ def supports(n: int, m: int) -> bool:
 def supports_rows(spec: EmbeddingSpec) -> bool:
     """Whether there is a kernel for the matrix of an embedding, for a few vectors at a time (:data:`ROWS_UP_TO`)."""
     return spec.group_size <= 256
+
+
+def supports_grouped(spec: GroupedBinarySpec) -> bool:
+    """Whether there is a kernel for the linears of BiLLM, ARB-LLM, STBLLM and PBS²P."""
+    masks = spec.n == spec.m or (spec.m in (4, 8, 16) and codeword_bits(spec.n, spec.m) <= 16)
+    return masks and spec.block_size % 16 == 0 and spec.block_size <= 1024 and spec.regions <= 3
 
 
 def is_fast(n: int, m: int) -> bool:
@@ -381,14 +396,54 @@ def rows_linear(inputs: Tensor, spec: EmbeddingSpec, tensors: dict[str, Tensor],
 
     Without torch's dispatcher, so :func:`is_plain` must hold.
     """
+    check_inputs(inputs, spec, bias)
+    kept = checked(spec, tensors)
+    places = address(kept["codes"]), address(kept["zeros"]), address(kept["scales"])
+    matrix = _native.RowMatrix(*places, spec.out_features, spec.in_features, spec.bits, spec.group_size)
+    return call_kernel(partial(_native.multiply_rows, kernels(), matrix), inputs, bias, spec.out_features)
+
+
+def grouped_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``inputs`` (..., in) times a linear of BiLLM, ARB-LLM, STBLLM or PBS²P as it is stored, as :func:`rows_linear`.
+
+    A few vectors with a kernel, many with dense products of tiles of decoded rows, as the torch backend does.
+    """
+    check_inputs(inputs, spec, bias)
+    if inputs.numel() > GROUPED_UP_TO * spec.in_features:
+        return packed_linear(inputs, spec, tensors, bias, decode=partial(decode_grouped, spec, tensors))
+    kept = checked(spec, tensors)
+    multiply = partial(_native.multiply_grouped, kernels(), grouped_matrix(spec, kept))
+    return call_kernel(multiply, inputs, bias, spec.out_features)
+
+
+def decode_grouped(spec: GroupedBinarySpec, tensors: dict[str, Tensor], rows: slice) -> Tensor:
+    """(rows, in) float32: the dense weights of some rows, exactly those of ``spec.decode_rows``."""
+    kept = checked(spec, tensors)
+    first, last = rows.start, min(rows.stop, spec.out_features)
+    weight = torch.empty(last - first, spec.in_features)
+    matrix, threads = grouped_matrix(spec, kept), torch.get_num_threads()
+    _native.decode_grouped(kernels(), matrix, first, last - first, address(weight), threads)
+    return weight
+
+
+def grouped_matrix(spec: GroupedBinarySpec, kept: dict[str, Tensor]) -> _native.GroupedMatrix:
+    """What the extension calls a linear whose tensors are those of :func:`checked`, which must stay alive."""
+    weights = address(kept["codes"]), address(kept.get("symbols")), address(kept["scales"])
+    columns = address(kept.get("salient")), address(kept.get("residuals")), address(kept.get("column_scales"))
+    sizes = spec.out_features, spec.in_features, spec.n, spec.m, spec.block_size, spec.regions, spec.residual_bytes
+    return _native.GroupedMatrix(*weights, *columns, *sizes)
+
+
+def check_inputs(inputs: Tensor, spec: LinearSpec, bias: Tensor | None) -> None:
+    """ValueError unless they fit a linear."""
     if inputs.shape[-1] != spec.in_features:
         raise ValueError(f"the inputs have {inputs.shape[-1]} columns, not {spec.in_features}")
+    check_bias(bias, spec.out_features)
+
+
+def checked(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a description, contiguous; ValueError unless they are what it says, and on the CPU."""
     for name, (shape, dtype) in spec.tensors().items():
         if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype or not tensors[name].is_cpu:
             raise ValueError(f"{name} of the matrix is {list(tensors[name].shape)}, not {list(shape)}")
-    check_bias(bias, spec.out_features)
-    codes, zeros, scales = (tensors[name].contiguous() for name in ("codes", "zeros", "scales"))
-    places = address(codes), address(zeros), address(scales)
-    matrix = _native.RowMatrix(*places, spec.out_features, spec.in_features, spec.bits, spec.group_size)
-
-    return call_kernel(partial(_native.multiply_rows, kernels(), matrix), inputs, bias, spec.out_features)
+    return {name: tensors[name].contiguous() for name in spec.tensors()}

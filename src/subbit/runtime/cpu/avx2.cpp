@@ -350,6 +350,30 @@ void rows_avx2(const RowMatrix& matrix, const RowInputs& inputs, int first, int 
     (is_whole<RowSum>(matrix) ? add_whole_rows<RowSum> : add_rows)(matrix, inputs, first, count, sums);
 }
 
-const Kernels avx2_kernels{"AVX2", Order::small, build_avx2, add_avx2, read_avx2, rows_avx2};
+// ---- grouped_binary --------------------------------------------------------------------------------------------------
+
+namespace {
+
+// All ones in the lanes whose bit is set, of eight.
+__m256i lanes_of(uint8_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane), lane);
+}
+
+void levels_avx2(const LevelBits& bits, int columns, const float* levels, float* weights) {
+    const __m256 ordinary = _mm256_loadu_ps(levels), salient = _mm256_loadu_ps(levels + 8);
+    for (int i = 0; i < columns / 8; i++) {
+        __m256i level = _mm256_and_si256(lanes_of(bits.positive[i]), _mm256_set1_epi32(1));
+        level = _mm256_or_si256(level, _mm256_and_si256(lanes_of(bits.first[i]), _mm256_set1_epi32(2)));
+        level = _mm256_or_si256(level, _mm256_and_si256(lanes_of(bits.second[i]), _mm256_set1_epi32(4)));
+        const __m256 usual = _mm256_permutevar8x32_ps(ordinary, level), other = _mm256_permutevar8x32_ps(salient, level);
+        const __m256 value = _mm256_blendv_ps(usual, other, _mm256_castsi256_ps(lanes_of(bits.salient[i])));
+        _mm256_storeu_ps(weights + 8 * i, _mm256_and_ps(value, _mm256_castsi256_ps(lanes_of(bits.kept[i]))));
+    }
+}
+
+}  // namespace
+
+const Kernels avx2_kernels{"AVX2", Order::small, build_avx2, add_avx2, read_avx2, rows_avx2, levels_avx2};
 
 }  // namespace subbit

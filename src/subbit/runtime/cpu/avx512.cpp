@@ -233,6 +233,7 @@ void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int 
 
 }  // namespace
 
-const Kernels avx512_kernels{"AVX512VBMI", Order::large, build_avx512, add_avx512, read_avx512, rows_avx512};
+const Kernels avx512_kernels{"AVX512VBMI", Order::large, build_avx512, add_avx512, read_avx512, rows_avx512,
+                              levels_avx512};
 
 }  // namespace subbit

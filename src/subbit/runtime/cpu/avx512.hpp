@@ -195,6 +195,23 @@ inline void rows_avx512(const RowMatrix& matrix, const RowInputs& inputs, int fi
     (is_whole<RowSum>(matrix) ? add_whole_rows<RowSum> : rows_avx2)(matrix, inputs, first, count, sums);
 }
 
+// grouped_binary (grouped.hpp): 16 columns at a time.
+inline void levels_avx512(const LevelBits& bits, int columns, const float* levels, float* weights) {
+    const __m512 table = _mm512_loadu_ps(levels);
+    const auto lanes = [](const uint8_t* plane, int i) {
+        uint16_t bits_of_16;
+        std::memcpy(&bits_of_16, plane + 2 * i, 2);
+        return static_cast<__mmask16>(bits_of_16);
+    };
+    for (int i = 0; i < columns / 16; i++) {
+        __m512i level = _mm512_maskz_set1_epi32(lanes(bits.positive, i), 1);
+        level = _mm512_mask_or_epi32(level, lanes(bits.first, i), level, _mm512_set1_epi32(2));
+        level = _mm512_mask_or_epi32(level, lanes(bits.second, i), level, _mm512_set1_epi32(4));
+        level = _mm512_mask_or_epi32(level, lanes(bits.salient, i), level, _mm512_set1_epi32(8));
+        _mm512_storeu_ps(weights + 16 * i, _mm512_maskz_permutexvar_ps(lanes(bits.kept, i), level, table));
+    }
+}
+
 inline uint64_t read_avx512(const uint8_t* bytes, size_t count) {
     __m512i all = _mm512_setzero_si512();
     for (size_t at = 0; at + 64 <= count; at += 64) {

@@ -179,6 +179,7 @@ void add_avx512bw(Layout layout, const uint8_t* codes, const uint8_t* tables, in
 
 }  // namespace
 
-const Kernels avx512bw_kernels{"AVX512BW", Order::mixed, build_avx512bw, add_avx512bw, read_avx512, rows_avx512};
+const Kernels avx512bw_kernels{"AVX512BW", Order::mixed, build_avx512bw, add_avx512bw, read_avx512, rows_avx512,
+                                levels_avx512};
 
 }  // namespace subbit

@@ -130,6 +130,30 @@ NB_MODULE(_native, module) {
         multiply_rows(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch, {pointer<void>(bias), bfloat16_bias},
                       pointer<void>(outputs), threads);
     });
+    nb::class_<GroupedMatrix>(module, "GroupedMatrix")
+        .def("__init__",
+             [](GroupedMatrix* matrix, uintptr_t codes, uintptr_t symbols, uintptr_t scales, uintptr_t salient,
+                uintptr_t residuals, uintptr_t column_scales, int rows, int columns, int n, int m, int block_size,
+                int regions, int residual_bytes) {
+                 new (matrix) GroupedMatrix{
+                     pointer<uint8_t>(codes),      pointer<uint8_t>(symbols),   pointer<uint16_t>(scales),
+                     pointer<uint8_t>(salient),    pointer<uint8_t>(residuals), pointer<uint16_t>(column_scales),
+                     rows,                         columns,                     n,
+                     m,                            block_size,                  regions,
+                     residual_bytes};
+             });
+    module.def("multiply_grouped", [](const Kernels& kernels, const GroupedMatrix& matrix, uintptr_t inputs,
+                                      bool bfloat16, int batch, uintptr_t bias, bool bfloat16_bias, uintptr_t outputs,
+                                      int threads) {
+        const nb::gil_scoped_release release;
+        multiply_grouped(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch,
+                         {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
+    });
+    module.def("decode_grouped", [](const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows,
+                                    uintptr_t weights, int threads) {
+        const nb::gil_scoped_release release;
+        decode_grouped(kernels, matrix, first_row, rows, pointer<float>(weights), threads);
+    });
     module.def("round_latents", [](uintptr_t latents, size_t groups, int n, int m, uintptr_t signs, bool bfloat16,
                                    int threads) {
         const nb::gil_scoped_release release;

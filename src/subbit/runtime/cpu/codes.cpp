@@ -445,7 +445,7 @@ struct MatrixProduct {
     size_t tile_bytes;  // of the planes of 16 vectors
     uint8_t* planes;
     float* steps;
-    std::atomic<int> next_vector{0}, next_tile{0};
+    Shares vectors, tiles;
 
     int vector_tiles() const { return vector_tiles_of(count); }
     const uint8_t* codes(int tile, int chunk) const { return product.buffer + product.shape.chunk_at(tile, chunk); }
@@ -457,7 +457,8 @@ struct MatrixProduct {
 void MatrixProduct::split() {
     const int columns = panels * kPanelColumns;
     std::vector<float> values(static_cast<size_t>(columns));
-    for (int i; (i = next_vector.fetch_add(1)) < vector_tiles() * kPanelVectors;) {
+    const int thread = vectors.join();
+    for (int i; (i = vectors.take(thread)) >= 0;) {
         if (i < count) {
             scaled_inputs(product, first + i, columns, values.data());
         } else {
@@ -478,14 +479,15 @@ void MatrixProduct::multiply() {
     int8_t* weights = aligned(memory, static_cast<size_t>(panels) * tile_panels * kPanelBytes);
     sums.resize(std::max(sums.size(), static_cast<size_t>(vector_tiles() * kPanelVectors * kTileRows)));
 
-    int tile = next_tile.fetch_add(1);
-    while (tile < shape.tiles()) {
+    const int thread = tiles.join();
+    int tile = tiles.take(thread);
+    while (tile >= 0) {
         for (int chunk = 0; chunk < chunks; chunk++) {
             int8_t* own = weights + static_cast<size_t>(chunk * chunk_panels) * tile_panels * kPanelBytes;
             kernel.decode(layout, codes(tile, chunk), in_chunk(shape.groups(), chunk), own);
         }
-        const int following = next_tile.fetch_add(1);
-        for (int chunk = 0; following < shape.tiles() && chunk < chunks; chunk++) {
+        const int following = tiles.take(thread);
+        for (int chunk = 0; following >= 0 && chunk < chunks; chunk++) {
             const int bytes = bytes_of(layout, in_chunk(shape.groups(), chunk));
             fetch_ahead(codes(following, chunk), static_cast<size_t>(bytes));
         }
@@ -509,8 +511,9 @@ void multiply_many(Product& product, const MatrixKernel& kernel, int threads) {
     uint8_t* planes = aligned(memory, static_cast<size_t>(most) * tile_bytes);
     steps.resize(std::max(steps.size(), static_cast<size_t>(most * kPanelVectors)));
     for (int first = 0; first < product.batch; first += together) {
-        const int count = std::min(together, product.batch - first);
-        MatrixProduct some{product, kernel, first, count, panels, tile_bytes, planes, steps.data()};
+        const int count = std::min(together, product.batch - first), vectors = vector_tiles_of(count) * kPanelVectors;
+        MatrixProduct some{product, kernel, first,        count,           panels, tile_bytes,
+                           planes,  steps.data(), {vectors, threads}, {shape.tiles(), threads}};
         on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->split(); }, &some);
         on_team(threads, [](void* data) { static_cast<MatrixProduct*>(data)->multiply(); }, &some);
     }

@@ -12,6 +12,7 @@
 
 #include "matrix.hpp"
 #include "numbers.hpp"
+#include "grouped.hpp"
 #include "rows.hpp"
 
 // Before a loop of a few constant iterations.
@@ -165,6 +166,7 @@ struct Kernels {
     // Read memory and do nothing with it, 64 bytes at a time: the bound of any kernel, for benchmarks.
     uint64_t (*read)(const uint8_t* bytes, size_t count);
     RowsKernel rows;
+    LevelsKernel levels;
     const MatrixKernel* matrix = nullptr;  // for many vectors at a time
 };
 

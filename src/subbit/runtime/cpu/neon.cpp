@@ -363,6 +363,6 @@ void rows_neon(const RowMatrix& matrix, const RowInputs& inputs, int first, int 
 
 }  // namespace
 
-const Kernels neon_kernels{"NEON", Order::mixed, build_neon, add_neon, read_neon, rows_neon};
+const Kernels neon_kernels{"NEON", Order::mixed, build_neon, add_neon, read_neon, rows_neon, look_levels_up};
 
 }  // namespace subbit

@@ -105,6 +105,7 @@ uint64_t read_portable(const uint8_t* bytes, size_t count) {
 
 }  // namespace
 
-const Kernels portable_kernels{"portable", Order::small, build_portable, add_portable, read_portable, add_rows};
+const Kernels portable_kernels{"portable", Order::small, build_portable, add_portable, read_portable, add_rows,
+                                look_levels_up};
 
 }  // namespace subbit
