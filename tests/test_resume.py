@@ -289,6 +289,18 @@ def test_another_recipe_is_refused(source: Path, recipe_for: Recipes, unfinished
     assert "another recipe (method differs)" in refused(source, other, unfinished, resume=True)
 
 
+def test_a_field_that_recipes_did_not_have_is_no_other_recipe(source: Path, recipe: Recipe, unfinished: Path) -> None:
+    """A run of an older version goes on: its recipe meant what is the default now."""
+    path = unfinished / ".subbit" / "state.json"
+    state = json.loads(path.read_text())
+    del state["recipe"]["allocation"]["spread"]
+    path.write_text(json.dumps(state))
+    subbit.compress(source, recipe, unfinished, resume=True)
+    state["recipe"]["allocation"]["n_low"] = 2.5
+    (unfinished / "subbit_manifest.json").write_text(json.dumps(state))
+    assert "another recipe (allocation differs)" in refused(source, recipe, unfinished, resume=True)
+
+
 def test_another_model_is_refused(source: Path, recipe: Recipe, unfinished: Path, tmp_path: Path) -> None:
     """Other weights of the same shape, or the same weights in another dtype, are another model; a copy is not."""
     for name, model in {"seed": smallest_model(seed=1), "dtype": smallest_model().to(torch.bfloat16)}.items():

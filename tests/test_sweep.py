@@ -827,6 +827,17 @@ def test_the_papers_sweep_is_well_formed() -> None:
     assert len({recipe_key(entry.recipe, "m") for entry in ablations}) == len(ablations)
 
 
+@pytest.mark.parametrize("name", ["papers", "ablations"])
+def test_recorded_results_are_those_of_the_recipes_of_today(name: str) -> None:
+    """With another key, all of them would be run again."""
+    results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["results"]
+    assert len(results) > 30
+    for result in results:
+        measured = {**result["protocol"], "datasets": tuple(result["protocol"]["datasets"])}
+        recipe = result["recipe"] and Recipe.create(result["recipe"])
+        assert entry_key(recipe, result["model"]["digest"], Protocol(**measured)) == result["key"]
+
+
 def test_method_speed_measures_and_finds_the_growth() -> None:
     """Rows of every method with an error that shows that it worked."""
     speed = benchmark("method_speed")

@@ -92,8 +92,9 @@ class CheckpointWriter:
                 return
             self._check_ours()
         state = read_state(state_file)
+        begun = complete(state["recipe"])
         for field, value in self._recipe.to_dict().items():
-            if state["recipe"].get(field) != json.loads(json.dumps(value)):
+            if begun.get(field) != json.loads(json.dumps(value)):
                 raise UserError(
                     f"cannot resume {self.directory}: it was started with another recipe ({field} differs); "
                     "give the same options, or --overwrite to start again"
@@ -285,6 +286,15 @@ def read_state(path: Path) -> dict[str, Any]:
     if not good or any(not {"file", "bytes", "sha256", "linears"} <= set(layer) for layer in state["layers"]):
         raise UserError(f"cannot resume: {path} is damaged; use --overwrite to start again")
     return state
+
+
+def complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe that was saved by a version that had fewer fields; as it is, if it is none today."""
+    try:
+        values: dict[str, Any] = json.loads(json.dumps(Recipe.create(recipe).to_dict()))
+    except UserError:
+        return recipe
+    return values
 
 
 def check_space(directory: Path, needed: int) -> None:

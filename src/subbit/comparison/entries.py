@@ -103,10 +103,13 @@ def entry_key(recipe: Recipe | None, model: str, protocol: Protocol) -> str:
 def recipe_key(recipe: Recipe | None, model: str) -> str:
     """Of a checkpoint: the recipe, with the contents of a calibration file, and the digest of the model.
 
-    A stage that is off is left out: its other fields change nothing, nor does a field that it gets later.
+    A stage that is off is left out: its other fields change nothing, nor does a field that it gets later. Nor does one
+    that recipes once did not have and that is what all were made with then.
     """
     values = recipe.to_dict() if recipe else None
     if values:
+        if values["allocation"]["spread"] == "value":
+            del values["allocation"]["spread"]
         for stage in ("reconstruction", "distillation"):
             if not values[stage]["steps"]:
                 del values[stage]
