@@ -63,7 +63,7 @@ def error_of(output: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("regions", "salient_regions", "columns"), KINDS)
-@pytest.mark.parametrize(("n", "m"), [(4, 8), (5, 8), (7, 8), (1, 1), (8, 8), (3, 4), (2, 16), (4, 16)])
+@pytest.mark.parametrize(("n", "m"), [(4, 8), (5, 8), (7, 8), (1, 1), (8, 8), (16, 16), (3, 4), (2, 16), (4, 16)])
 def test_decoding_is_exact(n: int, m: int, regions: int, salient_regions: int, columns: bool, isa: str) -> None:
     """To the bit, in blocks of 64 with a short one at the end, any rows at a time."""
     linear = random_grouped(n, m, regions, salient_regions, columns, shape=(37, 208))

@@ -88,11 +88,12 @@ class SubbitLinear(PackedModule):
         needs_grad = inputs.requires_grad and torch.is_grad_enabled()
         kept = self._native
         if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self._buffers["codes"].numel():  # type: ignore[union-attr]
-            by_kernel = choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name == "native"
-            if by_kernel and isinstance(self.spec, GroupedBinarySpec) and native.is_plain(inputs):
-                return native.grouped_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
-            if not by_kernel or isinstance(self.spec, GroupedBinarySpec):
-                return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
+            spec, grouped = self.spec, isinstance(self.spec, GroupedBinarySpec)
+            by_kernel = choose(spec, inputs.device.type, inputs.dtype, needs_grad).name == "native"
+            if not by_kernel or (grouped and not native.is_plain(inputs)):  # their kernels are no operator of torch
+                return packed_linear(inputs, spec, self.packed(), self._parameters["bias"])
+            if isinstance(spec, GroupedBinarySpec):
+                return native.grouped_linear(inputs, spec, self.packed(), self._parameters["bias"])
             kept = self.prepare()
         return kept(inputs, self._parameters["bias"])
 

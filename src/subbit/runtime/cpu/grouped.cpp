@@ -15,7 +15,7 @@
 namespace subbit {
 namespace {
 
-constexpr int kShareRows = 16;            // that a thread takes at a time
+constexpr int kShareRows = 16;             // that a thread takes at a time
 constexpr size_t kWorkOfThread = 1 << 15;  // weights, that are worth waking another thread for
 
 // Bits of the kept columns of a group, moved to their columns: entry `rank << n | bits`, as codewords are.
@@ -220,7 +220,7 @@ void Reader::read_columns(const Place& place) {
     const uint16_t* spread = m ? spread_->columns.data() : nullptr;
     const uint8_t* codes = codes_.data() + place.codes;
     const int n = matrix_.n, width = width_;
-    const unsigned ones = (1U << n) - 1;
+    const unsigned ones = m ? (1U << n) - 1 : 0;
     Symbols symbols(symbols_.data() + place.symbols);
     size_t at = 0;
     for (int first = 0; first < place.columns; first += 64) {
