@@ -49,6 +49,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "compensation diagonal": {"options": {"compensation": "diagonal"}},
     "grouping none": {"options": {"grouping": "none"}},
     "no salient columns": {"options": {"salient_columns": 0}},
+    "salient columns once, not twice": {"options": {"residual_order": 1}},
     "up to 49 salient columns": {"options": {"salient_columns": 49}},
     "N the same in all layers": {"allocation": {"kind": "uniform"}},
     "N by outliers (OWL)": {"allocation": {"kind": "outliers"}},
@@ -100,6 +101,7 @@ SOLVED = (
     "compensation off",
     "compensation diagonal",
     "no salient columns",
+    "salient columns once, not twice",
     CLIPPED,
 )
 STBLLM_SOLVED: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ clever: every candidate of a search is binarized, every inverse is taken, every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -78,9 +78,11 @@ def binarize_row(row: Floats, mask: Bools) -> BinaryRow:
     return BinaryRow(shift, scale, positive, value)
 
 
-def binarize_row_twice(row: Floats, mask: Bools) -> BinaryRow:
+def binarize_row_twice(row: Floats, mask: Bools, order: int = 2) -> BinaryRow:
     """Residual approximation: binarize, binarize what is left, add. The two shifts are one number in the end."""
     first = binarize_row(row, mask)
+    if order == 1:
+        return replace(first, residual_positive=np.zeros_like(mask))
     second = binarize_row(row - first.value, mask)
     return BinaryRow(
         first.shift + second.shift,
@@ -194,7 +196,7 @@ def rank_columns(weight: Floats, diagonal: Floats) -> list[int]:
     return sorted(range(len(saliency)), key=lambda j: (-saliency[j], j))
 
 
-def count_errors(weight: Floats, keep: Bools, ranking: Sequence[int], limit: int) -> list[float]:
+def count_errors(weight: Floats, keep: Bools, ranking: Sequence[int], limit: int, order: int = 2) -> list[float]:
     """Squared error of the block with the 1, 2, … limit best-ranked columns binarized twice and the rest once."""
     errors = []
     for count in range(1, min(limit, weight.shape[1] - 1) + 1):
@@ -203,7 +205,7 @@ def count_errors(weight: Floats, keep: Bools, ranking: Sequence[int], limit: int
         error = 0.0
         for i in range(weight.shape[0]):
             head, rest = keep[i] & salient, keep[i] & ~salient
-            error += squared_error(weight[i], head, binarize_row_twice(weight[i], head).value)
+            error += squared_error(weight[i], head, binarize_row_twice(weight[i], head, order).value)
             error += squared_error(weight[i], rest, binarize_row(weight[i], rest).value)
         errors.append(error)
     return errors
@@ -321,11 +323,12 @@ class ReferenceBlock:
     regions: int
     scales: Floats
     moot: Bools
+    order: int = field(default=2, kw_only=True)  # of the salient columns
 
     def basis(self, i: int) -> Floats:
         """(2R + 3, k): the dense row i is ``scales[i] @ basis(i)``."""
         sign = np.where(self.positive[i], 1.0, -1.0)
-        residual = np.where(self.symbol[i] == 1, 1.0, -1.0)
+        residual = np.where(self.symbol[i] == 1, 1.0, -1.0) if self.order == 2 else np.zeros(self.symbol[i].shape)
         masks = [self.keep[i] & ~self.salient & (self.symbol[i] == r) for r in range(self.regions)]
         twice = self.keep[i] & self.salient
         return np.array(
@@ -349,7 +352,13 @@ class ReferenceBlock:
 
 
 def binarize_block(
-    weight: Floats, keep: Bools, salient: Bools, search: Floats, thresholds: Sequence[float], grouping: str
+    weight: Floats,
+    keep: Bools,
+    salient: Bools,
+    search: Floats,
+    thresholds: Sequence[float],
+    grouping: str,
+    order: int = 2,
 ) -> ReferenceBlock:
     """Salient columns twice, every region of the rest once, row by row."""
     regions = REGIONS[grouping]
@@ -361,21 +370,21 @@ def binarize_block(
             part = binarize_row(weight[i], keep[i] & ~salient & (symbol[i] == r))
             positive[i] |= part.positive
             scales[i, r], scales[i, regions + r] = part.shift, part.scale
-        twice = binarize_row_twice(weight[i], keep[i] & salient)
+        twice = binarize_row_twice(weight[i], keep[i] & salient, order)
         positive[i] |= twice.positive
         scales[i, 2 * regions :] = twice.shift, twice.scale, twice.residual_scale
         symbol[i] = np.where(salient, twice.residual_positive, symbol[i])
     twice_kept = keep & salient
     moot = twice_kept & (twice_kept.sum(axis=1, keepdims=True) <= 2)
-    return ReferenceBlock(keep, positive, np.where(keep, symbol, 0), salient, regions, scales, moot)
+    return ReferenceBlock(keep, positive, np.where(keep, symbol, 0), salient, regions, scales, moot, order=order)
 
 
-def choose_salient(weight: Floats, keep: Bools, diagonal: Floats, limit: int) -> Bools:
+def choose_salient(weight: Floats, keep: Bools, diagonal: Floats, limit: int, order: int = 2) -> Bools:
     """(k,) the salient columns of a block."""
     salient = np.zeros(weight.shape[1], dtype=bool)
     if limit > 0:
         ranking = rank_columns(weight, diagonal)
-        salient[ranking[: int(np.argmin(count_errors(weight, keep, ranking, limit))) + 1]] = True
+        salient[ranking[: int(np.argmin(count_errors(weight, keep, ranking, limit, order))) + 1]] = True
     return salient
 
 
@@ -419,6 +428,7 @@ class Blockwise:
     block_size: int = 128
     damping: float = 0.01
     salient_columns: int = 30
+    residual_order: int = 2
     compensation: str = "exact"
     metric: str = "conditional"
     settle: Settle = round_scales
@@ -494,10 +504,10 @@ def stbllm_linear(weight: Floats, gram: Floats, common: Blockwise, choices: Stbl
         if choices.prune_compensation:
             current = prune_column_by_column(before, keep, upper)
         diagonal = upper.diagonal()
-        salient = choose_salient(current, keep, diagonal, common.salient_columns)
+        salient = choose_salient(current, keep, diagonal, common.salient_columns, common.residual_order)
         search = current if choices.search_on == "weights" else current**2 / diagonal**2
         thresholds = search_thresholds(search, keep & ~salient, choices.grouping, choices.candidates)
-        block = binarize_block(current, keep, salient, search, thresholds, choices.grouping)
+        block = binarize_block(current, keep, salient, search, thresholds, choices.grouping, common.residual_order)
         if choices.scales == "gram":
             block.refit(before, metric)
         return block
@@ -513,9 +523,9 @@ def pbs2p_linear(weight: Floats, gram: Floats, common: Blockwise, choices: Pbs2p
 
     def one(before: Floats, columns: slice, upper: Floats, metric: Floats) -> ReferenceBlock:
         keep = np.ones(before.shape, dtype=bool)
-        salient = choose_salient(before, keep, upper.diagonal(), common.salient_columns)
+        salient = choose_salient(before, keep, upper.diagonal(), common.salient_columns, common.residual_order)
         thresholds = search_thresholds(before, keep & ~salient, choices.grouping, choices.candidates)
-        block = binarize_block(before, keep, salient, before, thresholds, choices.grouping)
+        block = binarize_block(before, keep, salient, before, thresholds, choices.grouping, common.residual_order)
         scores = score(choices.score, before, columns, weight, gram, inverse)
         for step in range(1, steps + 1):
             if choices.rescore:

@@ -97,10 +97,10 @@ def billm_linear(weight: Floats, gram: Floats, common: Blockwise, choices: Billm
     def one(before: Floats, columns: slice, upper: Floats, metric: Floats) -> ReferenceBlock:
         current, keep = prune(before, columns, upper, weight, gram, common, choices.score, choices.prune_compensation)
         diagonal = upper.diagonal()
-        salient = choose_salient(current, keep, diagonal, common.salient_columns)
+        salient = choose_salient(current, keep, diagonal, common.salient_columns, common.residual_order)
         search = current if choices.search_on == "weights" else current**2 / diagonal**2
         thresholds = search_thresholds(search, keep & ~salient, choices.grouping, choices.candidates)
-        block = binarize_block(current, keep, salient, search, thresholds, choices.grouping)
+        block = binarize_block(current, keep, salient, search, thresholds, choices.grouping, common.residual_order)
         if choices.scales == "gram":
             block.refit(before, metric)
         return block

@@ -134,6 +134,7 @@ def reference_of(
         options.block_size,
         options.damping,
         options.salient_columns,
+        options.residual_order if isinstance(options, BillmOptions) else 2,
         options.compensation,
         options.metric,
         follow(linear, solved, isinstance(options, ReleasedStbllmOptions)),
@@ -184,6 +185,7 @@ CASES: dict[str, tuple[Sparsity, Options]] = {
     "released-2:8": (Sparsity(2, 8), REL),
     "released-1:4-no-salient": (Sparsity(1, 4), replace(REL, salient_columns=0)),
     "released-none": (NONE, REL),
+    "billm-salient-once": (Sparsity(4, 8), replace(B, residual_order=1)),
 }
 
 

@@ -316,17 +316,17 @@ def test_regions_count_the_thresholds_below() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("limit", [1, 9, 49])
-def test_salient_search_equals_binarizing_every_candidate(seed: int, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "order"), [(1, 2), (9, 2), (49, 2), (9, 1)])
+def test_salient_search_equals_binarizing_every_candidate(seed: int, limit: int, order: int) -> None:
     for weight, mask in cases(seed):
         ranking = rank_columns(weight, torch.linspace(0.5, 2, 32, dtype=torch.float64))
-        errors = count_errors(weight.numpy(), mask.numpy(), ranking.tolist(), limit)
+        errors = count_errors(weight.numpy(), mask.numpy(), ranking.tolist(), limit, order)
         square = float(weight[mask].square().sum())
         assert len(errors) == min(limit, 31)
-        assert_minimum(search_salient_count(weight, mask, ranking, limit) - 1, errors, square)
+        assert_minimum(search_salient_count(weight, mask, ranking, limit, order) - 1, errors, square)
         values, kept = weight[:, ranking], mask[:, ranking]
         tries = len(errors)
-        ours = salient_error(values[:, :tries], kept[:, :tries]) + rest_error(values, kept, tries)
+        ours = salient_error(values[:, :tries], kept[:, :tries], order) + rest_error(values, kept, tries)
         assert np.allclose(ours.numpy(), errors, rtol=1e-9, atol=1e-11 * square)
 
 

@@ -115,6 +115,7 @@ def reference_of(
         options.block_size,
         options.damping,
         options.salient_columns,
+        options.residual_order,
         options.compensation,
         options.metric,
         follow(linear, solved),
@@ -162,6 +163,7 @@ STBLLM_CASES: dict[str, tuple[str, StbllmOptions]] = {
     "diagonal": ("4:8", replace(S, compensation="diagonal")),
     "no-prune-compensation": ("4:8", replace(S, prune_compensation=False)),
     "damping": ("4:8", replace(S, damping=0.1)),
+    "salient-once": ("4:8", replace(S, residual_order=1)),
 }
 
 
@@ -176,6 +178,7 @@ STBLLM_GRAM_CASES: dict[str, tuple[str, StbllmOptions]] = {
     "gram": ("4:8", replace(S, scales="gram", metric="gram")),
     "bell-diagonal": ("2:4", replace(S, scales="gram", grouping="bell", compensation="diagonal")),
     "no-salient": ("6:16", replace(S, scales="gram", salient_columns=0)),
+    "salient-once": ("4:8", replace(S, scales="gram", residual_order=1)),
 }
 
 
@@ -200,6 +203,7 @@ PBS2P_CASES: dict[str, tuple[str, Pbs2pOptions]] = {
     "trisection": ("4:8", replace(P, grouping="trisection")),
     "magnitude": ("5:8", replace(P, score="magnitude", rescore=False)),
     "sparsegpt": ("5:8", replace(P, score="sparsegpt", rescore=False)),
+    "salient-once": ("4:8", replace(P, residual_order=1)),
 }
 
 

@@ -105,7 +105,7 @@ def rank_columns(weight: Tensor, upper_diagonal: Tensor) -> Tensor:
     return saliency.sort(descending=True, stable=True).indices
 
 
-def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: int) -> int:
+def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: int, order: int = 2) -> int:
     """How many of the best-ranked columns to binarize twice: 1 … limit, least squared error of the whole block.
 
     Args:
@@ -113,6 +113,7 @@ def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: i
         mask: (rows, k) bool, the kept weights.
         ranking: (k,) int64 from :func:`rank_columns`.
         limit: at most this many; 0 turns salient columns off.
+        order: 1: they are binarized once, apart from the others.
     """
     limit = min(limit, weight.shape[1] - 1)
     if limit < 1:
@@ -121,19 +122,19 @@ def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: i
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         values, kept = weight[rows][:, ranking].double(), mask[rows][:, ranking]
-        error += salient_error(values[:, :limit], kept[:, :limit]) + rest_error(values, kept, limit)
+        error += salient_error(values[:, :limit], kept[:, :limit], order) + rest_error(values, kept, limit)
     return int(error.argmin()) + 1
 
 
-def salient_error(head: Tensor, kept: Tensor) -> Tensor:
-    """(limit,) Σ over rows of the order-2 error of the first 1, 2, … limit columns of ``head`` (rows, limit)."""
+def salient_error(head: Tensor, kept: Tensor, order: int) -> Tensor:
+    """(limit,) Σ over rows of the error, of this order, of the first 1, 2, … limit columns of ``head`` (rows, limit)."""
     limit = head.shape[1]
     first = torch.ones(limit, limit, dtype=torch.bool, device=head.device).tril()[:, :, None]  # [count − 1, column]
     # Rows last: the sums over columns then run over contiguous memory.
     chosen = (kept.T & first).double()
     size = chosen.sum(dim=1, keepdim=True).clamp_min(1)
     left = chosen * head.T
-    for _ in range(2):
+    for _ in range(order):
         left -= left.sum(dim=1, keepdim=True) / size * chosen
         left -= (left.abs().sum(dim=1, keepdim=True) / size) * torch.where(left >= 0, 1.0, -1.0) * chosen
     return left.square().sum(dim=(1, 2))

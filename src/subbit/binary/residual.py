@@ -40,9 +40,16 @@ def binarize(weight: Tensor, mask: Tensor) -> Binary:
     return Binary(shift, centred.abs().sum(dim=1) / count, (centred >= 0) & mask)
 
 
-def binarize_residual(weight: Tensor, mask: Tensor) -> ResidualBinary:
-    """Order-2 binarization: binarize, then binarize what is left, and add (BiLLM, eq. 6-7; STBLLM, section 3.4)."""
+def binarize_residual(weight: Tensor, mask: Tensor, order: int = 2) -> ResidualBinary:
+    """Order-2 binarization: binarize, then binarize what is left, and add (BiLLM, eq. 6-7; STBLLM, section 3.4).
+
+    Args:
+        order: 1: what is left stays, and the residual scale is zero.
+    """
     first = binarize(weight, mask)
+    if order == 1:
+        nothing = torch.zeros_like(first.positive)
+        return ResidualBinary(first.shift, first.scale, torch.zeros_like(first.scale), first.positive, nothing)
     left = weight - first.shift[:, None] - first.scale[:, None] * torch.where(first.positive, 1.0, -1.0)
     second = binarize(left, mask)
     return ResidualBinary(first.shift + second.shift, first.scale, second.scale, first.positive, second.positive)

@@ -100,16 +100,21 @@ def entry_key(recipe: Recipe | None, model: str, protocol: Protocol) -> str:
     return short_hash({"recipe": recipe_key(recipe, model), "measured": measured})
 
 
+# Fields that recipes once did not have, and what all were made with then.
+LATER = (("allocation", "spread", "value"), ("options", "residual_order", 2))
+
+
 def recipe_key(recipe: Recipe | None, model: str) -> str:
     """Of a checkpoint: the recipe, with the contents of a calibration file, and the digest of the model.
 
     A stage that is off is left out: its other fields change nothing, nor does a field that it gets later. Nor does one
-    that recipes once did not have and that is what all were made with then.
+    of :data:`LATER` that is as before.
     """
     values = recipe.to_dict() if recipe else None
     if values:
-        if values["allocation"]["spread"] == "value":
-            del values["allocation"]["spread"]
+        for section, field, before in LATER:
+            if values[section].get(field) == before:
+                del values[section][field]
         for stage in ("reconstruction", "distillation"):
             if not values[stage]["steps"]:
                 del values[stage]

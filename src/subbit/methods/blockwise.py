@@ -76,6 +76,9 @@ class PrunedBlockOptions(SplitOptions, Protocol):
     def prune_compensation(self) -> bool: ...
 
     @property
+    def residual_order(self) -> int: ...
+
+    @property
     def search_on(self) -> Literal["weights", "saliency"]: ...
 
     @property
@@ -103,6 +106,7 @@ class BinaryBlock:
     regions: int
     scales: Tensor  # (rows, scale_count): float32 while it is being solved, float16 at the end
     column_scales: Tensor | None = None  # (k,), as the scales
+    residual_order: int = 2  # 1: the residual scales are zero
 
     @property
     def salient_regions(self) -> int:
@@ -121,7 +125,7 @@ class BinaryBlock:
         sign = torch.where(self.positive, 1.0, -1.0)
         region = [self.keep & ~self.salient & (self.symbol == r) for r in range(self.regions)]
         rows = [mask.float() for mask in region] + [torch.where(mask, sign, 0.0) for mask in region]
-        residual = torch.where(self.symbol & 1 == 1, 1.0, -1.0)
+        residual = torch.where(self.symbol & 1 == 1, 1.0, -1.0) * (self.residual_order - 1)
         for first in range(2 * self.regions, self.scales.shape[1], 3):
             mask = self.keep & self.salient & (self.symbol >> 1 == (first - 2 * self.regions) // 3)
             rows += [mask.float(), torch.where(mask, sign, 0.0), torch.where(mask, residual, 0.0)]
@@ -154,6 +158,7 @@ def binarize_searched(
     options: SplitOptions,
     search: Tensor | None = None,
     split_salient: bool = False,
+    order: int = 2,
 ) -> BinaryBlock:
     """BiLLM (arXiv 2402.04291, sections 3.2 and 3.3) on the kept weights: find salient columns and regions, binarize.
 
@@ -163,21 +168,28 @@ def binarize_searched(
         upper: (k, k), the block of U.
         search: (rows, k), the matrix that the thresholds are on; None: the weights.
         split_salient: split the salient columns by size as well (ARB-LLM's column-group bitmap).
+        order: how often the salient columns are binarized.
     """
     search = weight if search is None else search
     ranking = rank_columns(weight, upper.diagonal())
     salient = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    salient[ranking[: search_salient_count(weight, keep, ranking, options.salient_columns)]] = True
+    salient[ranking[: search_salient_count(weight, keep, ranking, options.salient_columns, order)]] = True
     thresholds = search_split(search, keep & ~salient, options.grouping, options.candidates)
     region = assign_regions(search, thresholds)
     if split_salient:
         inner = search_split(search, keep & salient, "bell", options.candidates)
         region = torch.where(salient, assign_regions(search, inner), region)
-    return binarize_block(weight, keep, salient, region, REGIONS[options.grouping], 2 if split_salient else 1)
+    return binarize_block(weight, keep, salient, region, REGIONS[options.grouping], 2 if split_salient else 1, order)
 
 
 def binarize_block(
-    weight: Tensor, keep: Tensor, salient: Tensor, region: Tensor, regions: int, salient_regions: int = 1
+    weight: Tensor,
+    keep: Tensor,
+    salient: Tensor,
+    region: Tensor,
+    regions: int,
+    salient_regions: int = 1,
+    order: int = 2,
 ) -> BinaryBlock:
     """Binarize a block on its weights: every region of the salient columns twice, every region of the rest once.
 
@@ -186,6 +198,7 @@ def binarize_block(
         keep: (rows, k) bool.
         salient: (k,) bool.
         region: (rows, k) uint8, below ``regions``; in the salient columns it counts only if they have two regions.
+        order: 1: the salient columns once as well.
     """
     shifts, scales, triples = [], [], []
     positive = torch.zeros_like(keep)
@@ -197,12 +210,12 @@ def binarize_block(
         scales.append(part.scale)
     for r in range(salient_regions):
         mask = salient if salient_regions == 1 else salient & (region == r)
-        twice = binarize_residual(weight, keep & mask)
+        twice = binarize_residual(weight, keep & mask, order)
         triples += [twice.shift, twice.scale, twice.residual_scale]
         positive |= twice.positive
         symbol = torch.where(mask, 2 * r + twice.residual_positive.to(torch.uint8), symbol)
     numbers = torch.stack(shifts + scales + triples, dim=1)
-    return BinaryBlock(keep, positive, torch.where(keep, symbol, 0), salient, regions, numbers)
+    return BinaryBlock(keep, positive, torch.where(keep, symbol, 0), salient, regions, numbers, residual_order=order)
 
 
 def prune_and_binarize(
@@ -215,7 +228,7 @@ def prune_and_binarize(
     """
     weight, keep = prune_block(block, statistics, sparsity, options.prune_compensation)
     search = None if options.search_on == "weights" else (weight / block.upper.diagonal()).square()
-    result = binarize_searched(weight, keep, block.upper, options, search)
+    result = binarize_searched(weight, keep, block.upper, options, search, order=options.residual_order)
     if options.scales == "gram":
         result = replace(result, scales=refit_on_gram(result, block.weight, block.metric))
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Pbs2pOptions:
     steps: int = 0  # pruning steps; 0: M − N, one weight of every group a step; 1: all at once
     rescore: bool = True  # score a weight before every step by what dropping it would add to the output error now
     salient_columns: int = 30  # at most so many columns of a block are binarized twice; 0: none
+    residual_order: Literal[1, 2] = 2  # 1: once, but apart from the others
     grouping: Grouping = "bell"  # how the other columns are split by size
     candidates: int = 80  # thresholds tried
     compensation: Compensation = "exact"  # how later blocks absorb the error of a block; "diagonal" in the paper
@@ -86,7 +88,7 @@ def pruning_schedule(sparsity: Sparsity, steps: int) -> list[int]:
 def dense_start(block: Block, options: Pbs2pOptions) -> BinaryBlock:
     """BiLLM's binarization of the unpruned block: salient columns twice, the rest in regions."""
     everything = torch.ones_like(block.weight, dtype=torch.bool)
-    return binarize_searched(block.weight, everything, block.upper, options)
+    return binarize_searched(block.weight, everything, block.upper, options, order=options.residual_order)
 
 
 def dropping_cost(result: BinaryBlock, block: Block) -> Tensor:

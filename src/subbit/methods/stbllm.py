@@ -28,6 +28,7 @@ class StbllmOptions:
     standardize: bool = True  # si: (x − mean) / std over the linear, as the paper writes
     prune_compensation: bool = True  # the kept weights of a block absorb its pruned ones, as in SparseGPT
     salient_columns: int = 30  # at most so many columns of a block are binarized twice; 0: none (49 in the code)
+    residual_order: Literal[1, 2] = 2  # 1: once, but apart from the others
     grouping: Grouping = "trisection"  # how the other columns are split by size
     candidates: int = 160  # thresholds tried
     search_on: Literal["weights", "saliency"] = "weights"  # what the thresholds are on; the code has w²/U² here
