@@ -127,7 +127,7 @@ def search_salient_count(weight: Tensor, mask: Tensor, ranking: Tensor, limit: i
 
 
 def salient_error(head: Tensor, kept: Tensor, order: int) -> Tensor:
-    """(limit,) Σ over rows of the error, of this order, of the first 1, 2, … limit columns of ``head`` (rows, limit)."""
+    """(limit,) Σ over rows of the error of that order of the first 1, 2, … limit columns of ``head`` (rows, limit)."""
     limit = head.shape[1]
     first = torch.ones(limit, limit, dtype=torch.bool, device=head.device).tril()[:, :, None]  # [count − 1, column]
     # Rows last: the sums over columns then run over contiguous memory.
