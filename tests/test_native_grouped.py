@@ -14,6 +14,7 @@ import torch
 from grouped_linears import random_grouped
 from torch import Tensor
 
+from subbit.errors import CheckpointError
 from subbit.linears import GroupedBinaryLinear
 from subbit.packing.grouped import GroupedBinarySpec, pack_grouped
 from subbit.runtime import native
@@ -155,6 +156,21 @@ def test_compiled_modules_use_the_torch_backend() -> None:
     linear = random_grouped(4, 8, 2, 1, False)
     compiled, inputs = torch.compile(module_of(linear), backend="eager"), torch.randn(2, 208)
     assert error_of(compiled(inputs), expected_of(linear, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("regions", [1, 3])
+def test_symbols_that_no_encoder_writes(regions: int, isa: str) -> None:
+    """In salient columns a residual sign is 0 or 1, and with one region the symbol of all others is 0."""
+    linear = random_grouped(4, 8, regions, 1, False, shape=(40, 208))
+    spec, tensors = pack_grouped(linear)
+    symbol = torch.where(linear.salient if regions == 3 else ~linear.salient, regions - 1 or 1, linear.symbol)
+    _, wrong = pack_grouped(replace(linear, symbol=torch.where(linear.keep, symbol, 0).to(torch.uint8)))
+    for rows in (slice(0, 40), slice(7, 8)):
+        with pytest.raises(CheckpointError, match="no encoder writes"):
+            native.decode_grouped(spec, wrong, rows)
+    with pytest.raises(CheckpointError, match="no encoder writes"):
+        native.grouped_linear(torch.ones(1, 208), spec, wrong, None)
+    assert torch.equal(native.decode_grouped(spec, tensors, slice(0, 40)), linear.dense())
 
 
 def test_wrong_tensors() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -407,12 +407,19 @@ def grouped_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, T
     """``inputs`` (..., in) times a linear of BiLLM, ARB-LLM, STBLLM or PBS²P as it is stored, as :func:`rows_linear`.
 
     A few vectors with a kernel, many with dense products of tiles of decoded rows, as the torch backend does.
+
+    Raises:
+        CheckpointError: a symbol that no encoder writes.
     """
     check_inputs(inputs, spec, bias)
     if inputs.numel() > GROUPED_UP_TO * spec.in_features:
         return packed_linear(inputs, spec, tensors, bias, decode=partial(decode_grouped, spec, tensors))
     kept = checked(spec, tensors)
-    multiply = partial(_native.multiply_grouped, kernels(), grouped_matrix(spec, kept))
+    matrix = grouped_matrix(spec, kept)
+
+    def multiply(*given: Any) -> None:
+        check_symbols(_native.multiply_grouped(kernels(), matrix, *given))
+
     return call_kernel(multiply, inputs, bias, spec.out_features)
 
 
@@ -422,8 +429,14 @@ def decode_grouped(spec: GroupedBinarySpec, tensors: dict[str, Tensor], rows: sl
     first, last = rows.start, min(rows.stop, spec.out_features)
     weight = torch.empty(last - first, spec.in_features)
     matrix, threads = grouped_matrix(spec, kept), torch.get_num_threads()
-    _native.decode_grouped(kernels(), matrix, first, last - first, address(weight), threads)
+    check_symbols(_native.decode_grouped(kernels(), matrix, first, last - first, address(weight), threads))
     return weight
+
+
+def check_symbols(possible: bool) -> None:
+    """CheckpointError for what the kernels of ``grouped_binary`` linears say of the symbols that they met."""
+    if not possible:
+        raise CheckpointError("a symbol is one which no encoder writes in its column")
 
 
 def grouped_matrix(spec: GroupedBinarySpec, kept: dict[str, Tensor]) -> _native.GroupedMatrix:

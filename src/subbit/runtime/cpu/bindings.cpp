@@ -146,13 +146,13 @@ NB_MODULE(_native, module) {
                                       bool bfloat16, int batch, uintptr_t bias, bool bfloat16_bias, uintptr_t outputs,
                                       int threads) {
         const nb::gil_scoped_release release;
-        multiply_grouped(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch,
-                         {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
+        return multiply_grouped(kernels, matrix, {pointer<void>(inputs), bfloat16}, batch,
+                                {pointer<void>(bias), bfloat16_bias}, pointer<void>(outputs), threads);
     });
     module.def("decode_grouped", [](const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows,
                                     uintptr_t weights, int threads) {
         const nb::gil_scoped_release release;
-        decode_grouped(kernels, matrix, first_row, rows, pointer<float>(weights), threads);
+        return decode_grouped(kernels, matrix, first_row, rows, pointer<float>(weights), threads);
     });
     module.def("round_latents", [](uintptr_t latents, size_t groups, int n, int m, uintptr_t signs, bool bfloat16,
                                    int threads) {

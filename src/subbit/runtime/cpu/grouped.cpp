@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -118,7 +119,7 @@ struct Ternary {
 
 // Where a block of every row is.
 struct Place {
-    int columns, groups, byte;  // byte: of the bits of its columns
+    int columns, byte;  // byte: of the bits of its columns
     size_t codes, symbols, residuals;
 };
 
@@ -130,6 +131,7 @@ class Reader {
     void begin(int row);
     // weights[0 ..] of a block of the row, column scales not included, padded with zeros to kLevelColumns.
     void read(int block, float* weights);
+    bool met_wrong() const { return wrong_ != 0; }  // a symbol that its column cannot have
 
    private:
     template <class Symbols>
@@ -146,6 +148,7 @@ class Reader {
     int width_, radix_, salient_regions_, scale_count_, row_ = 0;
     std::vector<uint8_t> codes_, symbols_, salient_;  // of the row; bits of all columns; all with a few bytes more
     LevelBits bits_{};
+    uint64_t wrong_ = 0;
     float levels_[kLevels];
 };
 
@@ -169,7 +172,7 @@ Reader::Reader(const Kernels& kernels, const GroupedMatrix& matrix)
     size_t codes = 0, symbols = 0, residuals = 0;
     for (int first = 0; first < matrix.columns; first += matrix.block_size) {
         const int columns = std::min(matrix.block_size, matrix.columns - first), groups = columns / matrix.m;
-        places_.push_back({columns, groups, first / 8, codes, symbols, residuals});
+        places_.push_back({columns, first / 8, codes, symbols, residuals});
         const auto kept = static_cast<size_t>(groups * matrix.n);
         codes += static_cast<size_t>(groups * width_ + 7) / 8;
         symbols += radix_ == 1 ? 0 : radix_ == 2 ? (kept + 7) / 8 : (kept + 4) / 5;
@@ -246,6 +249,10 @@ void Reader::read_columns(const Place& place) {
                 put(upper, two.upper);
             }
         }
+        uint64_t salient;
+        std::memcpy(&salient, bits_.salient + first / 8, 8);
+        if (Symbols::upper) wrong_ |= upper & salient;
+        if (Symbols::any && matrix_.regions == 1) wrong_ |= lower & ~salient;
         std::memcpy(bits_.kept + first / 8, &kept, 8);
         std::memcpy(bits_.positive + first / 8, &positive, 8);
         std::memcpy(bits_.first + first / 8, &lower, 8);
@@ -309,8 +316,9 @@ struct Rows {
     const GroupedMatrix& matrix;
     int first_row, rows;
     Shares shares;
+    std::atomic<bool> wrong{false};
 
-    // Calls `work` for every row that this thread takes, with its reader.
+    // Calls `work` with the rows that this thread takes, and their reader.
     template <class Work>
     void run(const Work& work) {
         Reader reader(kernels, matrix);
@@ -319,6 +327,7 @@ struct Rows {
             const int first = number * kShareRows, count = std::min(kShareRows, rows - first);
             work(reader, first_row + first, count);
         }
+        if (reader.met_wrong()) wrong = true;
     }
 };
 
@@ -427,21 +436,23 @@ void look_levels_up(const LevelBits& bits, int columns, const float* levels, flo
     }
 }
 
-void decode_grouped(const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows, float* weights,
+bool decode_grouped(const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows, float* weights,
                     int threads) {
     threads = threads_for(matrix, rows, threads);
     Decoding decoding{{kernels, matrix, first_row, rows, {shares_of(rows), threads}}, weights};
     on_team(threads, [](void* data) { static_cast<Decoding*>(data)->run(); }, &decoding);
+    return !decoding.rows.wrong;
 }
 
-void multiply_grouped(const Kernels& kernels, const GroupedMatrix& matrix, Numbers inputs, int batch, Numbers bias,
+bool multiply_grouped(const Kernels& kernels, const GroupedMatrix& matrix, Numbers inputs, int batch, Numbers bias,
                       void* outputs, int threads) {
-    if (batch == 0) return;
+    if (batch == 0) return true;
     const std::vector<float> values = scaled_inputs(matrix, inputs, batch);
     threads = threads_for(matrix, matrix.rows, threads);
     Multiplication product{{kernels, matrix, 0, matrix.rows, {shares_of(matrix.rows), threads}}, values, batch, bias,
                            outputs, inputs.bfloat16};
     on_team(threads, [](void* data) { static_cast<Multiplication*>(data)->run(); }, &product);
+    return !product.rows.wrong;
 }
 
 }  // namespace subbit

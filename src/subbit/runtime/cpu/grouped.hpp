@@ -42,13 +42,13 @@ struct LevelBits {
 using LevelsKernel = void (*)(const LevelBits&, int columns, const float* levels, float* weights);
 void look_levels_up(const LevelBits&, int columns, const float* levels, float* weights);  // in portable C++
 
-// Some rows as dense float32 weights, column scales included.
-void decode_grouped(const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows, float* weights,
+// Some rows as dense float32 weights, column scales included. False: a symbol is none that its column can have.
+bool decode_grouped(const Kernels& kernels, const GroupedMatrix& matrix, int first_row, int rows, float* weights,
                     int threads);
 
 // outputs (batch x rows) = inputs (batch x columns) times the matrix, plus bias unless it is null; outputs have the dtype
-// of the inputs.
-void multiply_grouped(const Kernels& kernels, const GroupedMatrix& matrix, Numbers inputs, int batch, Numbers bias,
+// of the inputs. False as above.
+bool multiply_grouped(const Kernels& kernels, const GroupedMatrix& matrix, Numbers inputs, int batch, Numbers bias,
                       void* outputs, int threads);
 
 }  // namespace subbit
