@@ -93,8 +93,8 @@ class CheckpointWriter:
             self._check_ours()
         state = read_state(state_file)
         begun = complete(state["recipe"])
-        for field, value in self._recipe.to_dict().items():
-            if begun.get(field) != json.loads(json.dumps(value)):
+        for field, value in as_saved(self._recipe).items():
+            if begun.get(field) != value:
                 raise UserError(
                     f"cannot resume {self.directory}: it was started with another recipe ({field} differs); "
                     "give the same options, or --overwrite to start again"
@@ -288,13 +288,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def as_saved(recipe: Recipe) -> dict[str, Any]:
+    """Its values as JSON gives them back."""
+    values: dict[str, Any] = json.loads(json.dumps(recipe.to_dict()))
+    return values
+
+
 def complete(recipe: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe that was saved by a version that had fewer fields; as it is, if it is none today."""
     try:
-        values: dict[str, Any] = json.loads(json.dumps(Recipe.create(recipe).to_dict()))
+        return as_saved(Recipe.create(recipe))
     except UserError:
         return recipe
-    return values
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -88,12 +88,10 @@ class SubbitLinear(PackedModule):
         needs_grad = inputs.requires_grad and torch.is_grad_enabled()
         kept = self._native
         if kept is None or needs_grad or inputs.dtype not in native.DTYPES or self._buffers["codes"].numel():  # type: ignore[union-attr]
-            spec, grouped = self.spec, isinstance(self.spec, GroupedBinarySpec)
-            by_kernel = choose(spec, inputs.device.type, inputs.dtype, needs_grad).name == "native"
-            if not by_kernel or (grouped and not native.is_plain(inputs)):  # their kernels are no operator of torch
-                return packed_linear(inputs, spec, self.packed(), self._parameters["bias"])
-            if isinstance(spec, GroupedBinarySpec):
-                return native.grouped_linear(inputs, spec, self.packed(), self._parameters["bias"])
+            if choose(self.spec, inputs.device.type, inputs.dtype, needs_grad).name != "native":
+                return packed_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
+            if isinstance(self.spec, GroupedBinarySpec):
+                return native.grouped_linear(inputs, self.spec, self.packed(), self._parameters["bias"])
             kept = self.prepare()
         return kept(inputs, self._parameters["bias"])
 

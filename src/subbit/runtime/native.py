@@ -406,11 +406,14 @@ def rows_linear(inputs: Tensor, spec: EmbeddingSpec, tensors: dict[str, Tensor],
 def grouped_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
     """``inputs`` (..., in) times a linear of BiLLM, ARB-LLM, STBLLM or PBS²P as it is stored, as :func:`rows_linear`.
 
-    A few vectors with a kernel, many with dense products of tiles of decoded rows, as the torch backend does.
+    A few vectors with a kernel, many with dense products of tiles of decoded rows. Where something of torch has to see
+    the product, which is none of its operators, the torch backend runs it.
 
     Raises:
         CheckpointError: a symbol that no encoder writes.
     """
+    if not is_plain(inputs):
+        return packed_linear(inputs, spec, tensors, bias)
     check_inputs(inputs, spec, bias)
     if inputs.numel() > GROUPED_UP_TO * spec.in_features:
         return packed_linear(inputs, spec, tensors, bias, decode=partial(decode_grouped, spec, tensors))
@@ -418,7 +421,7 @@ def grouped_linear(inputs: Tensor, spec: GroupedBinarySpec, tensors: dict[str, T
     matrix = grouped_matrix(spec, kept)
 
     def multiply(*given: Any) -> None:
-        check_symbols(_native.multiply_grouped(kernels(), matrix, *given))
+        refuse_wrong(_native.multiply_grouped(kernels(), matrix, *given))
 
     return call_kernel(multiply, inputs, bias, spec.out_features)
 
@@ -429,11 +432,11 @@ def decode_grouped(spec: GroupedBinarySpec, tensors: dict[str, Tensor], rows: sl
     first, last = rows.start, min(rows.stop, spec.out_features)
     weight = torch.empty(last - first, spec.in_features)
     matrix, threads = grouped_matrix(spec, kept), torch.get_num_threads()
-    check_symbols(_native.decode_grouped(kernels(), matrix, first, last - first, address(weight), threads))
+    refuse_wrong(_native.decode_grouped(kernels(), matrix, first, last - first, address(weight), threads))
     return weight
 
 
-def check_symbols(possible: bool) -> None:
+def refuse_wrong(possible: bool) -> None:
     """CheckpointError for what the kernels of ``grouped_binary`` linears say of the symbols that they met."""
     if not possible:
         raise CheckpointError("a symbol is one which no encoder writes in its column")

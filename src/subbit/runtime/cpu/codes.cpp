@@ -606,7 +606,9 @@ Layout Shape::layout() const {
     return (order == Order::large ? halved : whole)[n - 1];
 }
 
-int Shape::width() const { return bits_for(binomial(m, n)) + n; }
+int codeword_bits(int n, int m) { return bits_for(binomial(m, n)) + n; }
+
+int Shape::width() const { return codeword_bits(n, m); }
 
 int Shape::groups() const {
     const Properties& properties = of(layout());
@@ -765,7 +767,7 @@ void multiply(const Kernels& kernels, const Shape& shape, const uint8_t* buffer,
     const int together = generic ? 1 : std::min(batch, static_cast<int>(std::clamp<size_t>(kTableBudget / tables, 1, 32)));
     const auto work = shape.column_scales_at() * static_cast<size_t>(batch) / kWorkOfThread;
     const int parts = (batch + together - 1) / together * (generic ? shape.tiles() : shape.blocks());
-    threads = std::min({threads, many ? shape.tiles() : parts, 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
+    threads = worth_waking(threads, many ? shape.tiles() : parts, work);
     Product product{kernels, shape, buffer, inputs, batch, bias, outputs, together, {parts, threads}};
     if (many) return multiply_many(product, *kernels.matrix, threads);
     on_team(threads,

@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "grouped.hpp"
 #include "matrix.hpp"
 #include "numbers.hpp"
-#include "grouped.hpp"
 #include "rows.hpp"
 
 // Before a loop of a few constant iterations.
@@ -184,6 +184,8 @@ bool may_use_amx();
 #ifdef SUBBIT_NEON
 extern const Kernels neon_kernels;
 #endif
+
+int codeword_bits(int n, int m);  // of N:M in the file
 
 // A linear in kernel order. The buffer holds the codes of a block of tiles and the float32 row scales of its rows, block
 // after block, then float32 column scales if any: all is read from end to end. Of a generic layout it holds all codes,

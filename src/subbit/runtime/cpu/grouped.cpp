@@ -23,7 +23,7 @@ constexpr size_t kWorkOfThread = 1 << 15;  // weights, that are worth waking ano
 struct Spread {
     std::vector<uint16_t> columns;  // zeros where no mask has the rank
 
-    Spread(int n, int m, int width) : columns(size_t{1} << width) {
+    Spread(int n, int m) : columns(size_t{1} << codeword_bits(n, m)) {
         size_t at = 0;
         for (unsigned mask = 0; mask < 1U << m; mask++) {
             if (__builtin_popcount(mask) != n) continue;
@@ -45,7 +45,7 @@ const Spread& spread_of(const GroupedMatrix& matrix) {
     static std::map<std::pair<int, int>, std::unique_ptr<Spread>> spreads;
     const std::lock_guard<std::mutex> guard(mutex);
     std::unique_ptr<Spread>& spread = spreads[{matrix.n, matrix.m}];
-    if (!spread) spread = std::make_unique<Spread>(matrix.n, matrix.m, matrix.width());
+    if (!spread) spread = std::make_unique<Spread>(matrix.n, matrix.m);
     return *spread;
 }
 
@@ -127,7 +127,6 @@ struct Place {
 class Reader {
    public:
     Reader(const Kernels& kernels, const GroupedMatrix& matrix);
-    const std::vector<Place>& places() const { return places_; }
     void begin(int row);
     // weights[0 ..] of a block of the row, column scales not included, padded with zeros to kLevelColumns.
     void read(int block, float* weights);
@@ -164,14 +163,14 @@ Reader::Reader(const Kernels& kernels, const GroupedMatrix& matrix)
     : kernels_(kernels),
       matrix_(matrix),
       spread_(matrix.n < matrix.m ? &spread_of(matrix) : nullptr),
-      width_(matrix.width()),
+      width_(codeword_bits(matrix.n, matrix.m)),
       radix_(!matrix.symbols ? 1 : std::max(matrix.regions, 2)),
       salient_regions_(!matrix.salient ? 0 : matrix.residuals ? 2 : 1),
       salient_(static_cast<size_t>(matrix.columns) / 8 + kOver) {
     if (matrix.salient) std::memcpy(salient_.data(), matrix.salient, static_cast<size_t>(matrix.columns + 7) / 8);
     size_t codes = 0, symbols = 0, residuals = 0;
-    for (int first = 0; first < matrix.columns; first += matrix.block_size) {
-        const int columns = std::min(matrix.block_size, matrix.columns - first), groups = columns / matrix.m;
+    for (int block = 0; block < matrix.blocks(); block++) {
+        const int first = block * matrix.block_size, columns = matrix.columns_of(block), groups = columns / matrix.m;
         places_.push_back({columns, first / 8, codes, symbols, residuals});
         const auto kept = static_cast<size_t>(groups * matrix.n);
         codes += static_cast<size_t>(groups * width_ + 7) / 8;
@@ -202,8 +201,7 @@ void Reader::read(int block, float* weights) {
     }
     if (matrix_.residuals) read_residuals(place);
     read_levels(block);
-    const int padded = (place.columns + kLevelColumns - 1) / kLevelColumns * kLevelColumns;
-    kernels_.levels(bits_, padded, levels_, weights);
+    kernels_.levels(bits_, padded(place.columns), levels_, weights);
 }
 
 template <class Symbols>
@@ -335,7 +333,7 @@ int shares_of(int rows) { return (rows + kShareRows - 1) / kShareRows; }
 
 int threads_for(const GroupedMatrix& matrix, int rows, int threads) {
     const auto work = static_cast<size_t>(rows) * static_cast<size_t>(matrix.columns) / kWorkOfThread;
-    return std::min({threads, shares_of(rows), 1 + static_cast<int>(std::min<size_t>(work, 1 << 16))});
+    return worth_waking(threads, shares_of(rows), work);
 }
 
 struct Decoding {
@@ -354,7 +352,7 @@ void Decoding::run() {
             reader.begin(row);
             for (int b = 0; b < matrix.blocks(); b++) {
                 reader.read(b, block);
-                const int from = b * matrix.block_size, columns = reader.places()[static_cast<size_t>(b)].columns;
+                const int from = b * matrix.block_size, columns = matrix.columns_of(b);
                 for (int j = 0; j < columns; j++) {
                     const float scale = matrix.column_scales ? from_float16(matrix.column_scales[from + j]) : 1.0F;
                     own[from + j] = block[j] * scale;
@@ -386,11 +384,10 @@ void Multiplication::run() {
             reader.begin(first + row);
             for (int b = 0; b < matrix.blocks(); b++) {
                 reader.read(b, block);
-                const int columns = reader.places()[static_cast<size_t>(b)].columns;
-                const int padded = (columns + kLevelColumns - 1) / kLevelColumns * kLevelColumns;
+                const int columns = padded(matrix.columns_of(b));
                 const float* x = inputs.data() + static_cast<ptrdiff_t>(b) * matrix.block_size;
                 for (int i = 0; i < batch; i++) {
-                    add_products(block, x + i * stride, padded, sums.data() + static_cast<ptrdiff_t>(i) * kLevelColumns);
+                    add_products(block, x + i * stride, columns, sums.data() + static_cast<ptrdiff_t>(i) * kLevelColumns);
                 }
             }
             for (int i = 0; i < batch; i++) {
@@ -408,7 +405,7 @@ void Multiplication::run() {
 }
 
 std::vector<float> scaled_inputs(const GroupedMatrix& matrix, Numbers inputs, int batch) {
-    const auto stride = static_cast<size_t>((matrix.columns + kLevelColumns - 1) / kLevelColumns * kLevelColumns);
+    const auto stride = static_cast<size_t>(padded(matrix.columns));
     std::vector<float> values(static_cast<size_t>(batch) * stride);
     for (int i = 0; i < batch; i++) {
         float* own = values.data() + static_cast<size_t>(i) * stride;
@@ -419,14 +416,6 @@ std::vector<float> scaled_inputs(const GroupedMatrix& matrix, Numbers inputs, in
 }
 
 }  // namespace
-
-int GroupedMatrix::width() const {
-    int masks = 1;  // n of m
-    for (int i = 0; i < n; i++) masks = masks * (m - i) / (i + 1);
-    int bits = 0;
-    while (1 << bits < masks) bits++;
-    return bits + n;
-}
 
 void look_levels_up(const LevelBits& bits, int columns, const float* levels, float* weights) {
     for (int j = 0; j < columns; j++) {

@@ -16,6 +16,7 @@ struct Kernels;
 constexpr int kLevels = 16;
 constexpr int kLevelColumns = 16;  // that are looked up together; blocks are multiples of it
 constexpr int kLargestBlock = 1024;
+constexpr int padded(int columns) { return (columns + kLevelColumns - 1) / kLevelColumns * kLevelColumns; }
 constexpr int kPlaneBytes = kLargestBlock / 8;
 
 struct GroupedMatrix {
@@ -28,7 +29,10 @@ struct GroupedMatrix {
     int rows, columns, n, m, block_size, regions, residual_bytes;
 
     int blocks() const { return (columns + block_size - 1) / block_size; }
-    int width() const;  // bits of a codeword
+    int columns_of(int block) const {  // the last one may be short
+        const int left = columns - block * block_size;
+        return left < block_size ? left : block_size;
+    }
 };
 
 // A bit a column of a block, lowest first; zeros from its end to a multiple of 64. The number of a level has the bits `positive`, `first`,

@@ -1,5 +1,6 @@
 #include "team.hpp"
 
+#include <algorithm>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -25,6 +26,10 @@ void on_team(int threads, void (*work)(void*), void* data) {
     }
     work(data);
     for (std::thread& other : others) other.join();
+}
+
+int worth_waking(int threads, int parts, size_t portions) {
+    return std::min({threads, parts, 1 + static_cast<int>(std::min<size_t>(portions, 1 << 16))});
 }
 
 Shares::Shares(int count, int threads) : shares_(static_cast<size_t>(threads)) {

@@ -11,6 +11,9 @@ namespace subbit {
 // come, so the callers share the work out among those that do.
 void on_team(int threads, void (*work)(void*), void* data);
 
+// How many of `threads` are worth waking for `parts` that can be shared out: one more for each of `portions` of work.
+int worth_waking(int threads, int parts, size_t portions);
+
 // The numbers 0 .. count - 1, for as many threads. Each takes its own, which follow each other, so that it reads memory
 // from end to end, and fetches ahead what it will read itself; then what is left of those of the others.
 class Shares {
