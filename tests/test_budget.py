@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -40,6 +40,7 @@ from subbit.packing.codes import CodesSpec
 from subbit.packing.layout import read_spec
 from subbit.planning import Plan, fixed_parts, make_plan, plan_sparsity
 from subbit.progress import SilentProgress
+from subbit.tuning.precision import Products, products_here
 
 Tiny = Callable[[str], Path]
 Recipes = Callable[..., Recipe]
@@ -496,7 +497,7 @@ def test_an_effort_fills_in_what_is_left_open() -> None:
     before = copy.deepcopy(EFFORTS)
     given = {"bits": 1.0, "calibration": {"samples": 3}, "options": {"damping": 0.5}, "reconstruction": {"steps": 0}}
     copied = copy.deepcopy(given)
-    values = with_effort("standard", given, matrix_units=True)
+    values = with_effort("standard", given, "matrix units")
     expected = copy.deepcopy(EFFORTS["standard"])
     assert values["method"] == "codes"
     assert values["bits"] == 1.0
@@ -515,15 +516,17 @@ def test_an_effort_fills_in_what_is_left_open() -> None:
 
 def test_standard_is_shorter_without_matrix_units() -> None:
     """Of the whole model alone, and what is given counts more; the other efforts are the same everywhere."""
-    quick, slow = (with_effort("standard", {"bits": 1.0}, matrix_units=units) for units in (True, False))
-    assert slow["distillation"]["steps"] < quick["distillation"]["steps"] / 2
-    assert slow["distillation"]["samples"] >= slow["distillation"]["steps"] * slow["distillation"]["batch"]
-    assert {**slow, "distillation": quick["distillation"]} == quick
-    given = with_effort("standard", {"distillation": {"steps": 7}}, matrix_units=False)
+    quick, *others = (with_effort("standard", {"bits": 1.0}, products) for products in get_args(Products))
+    steps = [values["distillation"]["steps"] for values in (quick, *others)]
+    assert steps == sorted(set(steps), reverse=True)
+    for slow in others:
+        assert slow["distillation"]["samples"] >= slow["distillation"]["steps"] * slow["distillation"]["batch"]
+        assert {**slow, "distillation": quick["distillation"]} == quick
+    given = with_effort("standard", {"distillation": {"steps": 7}}, "float32")
     assert given["distillation"]["steps"] == 7
     for effort in ("fast", "best"):
-        assert with_effort(effort, {}, matrix_units=True) == with_effort(effort, {}, matrix_units=False)
-    assert with_effort("standard", {}) in (with_effort("standard", {}, matrix_units=units) for units in (True, False))
+        assert with_effort(effort, {}, "matrix units") == with_effort(effort, {}, "float32")
+    assert with_effort("standard", {}) == with_effort("standard", {}, products_here())
 
 
 def test_options_of_the_command_line_become_a_recipe(tmp_path: Path) -> None:

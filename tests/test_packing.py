@@ -12,9 +12,9 @@ from math import ceil, comb, log2
 
 import pytest
 import torch
+from grouped_linears import random_grouped
 from torch import Tensor
 
-from subbit.binary.nm import Sparsity
 from subbit.errors import CheckpointError
 from subbit.linears import GroupedBinaryLinear
 from subbit.packing.codec import (
@@ -44,26 +44,7 @@ def random_linear(
     n: int, m: int, *, regions: int = 3, salient: bool = True, rows: int = 5, columns: int = 160, block: int = 64
 ) -> GroupedBinaryLinear:
     """Random bits in every field, as a method could have returned them."""
-    generator = torch.Generator().manual_seed(1000 * n + 10 * m + regions + salient)
-    keep = random_keep(rows, columns, n, m, generator)
-    chosen = (torch.rand(columns, generator=generator) < 0.2) if salient else torch.zeros(columns, dtype=torch.bool)
-    symbol = torch.where(
-        chosen,
-        torch.randint(2, (rows, columns), generator=generator),
-        torch.randint(regions, (rows, columns), generator=generator),
-    )
-    blocks = -(-columns // block)
-    scales = torch.randn(rows, blocks, 2 * regions + (3 if salient else 0), generator=generator)
-    return GroupedBinaryLinear(
-        Sparsity(n, m),
-        block,
-        regions,
-        keep,
-        positive=(torch.rand(rows, columns, generator=generator) < 0.5) & keep,
-        symbol=torch.where(keep, symbol, 0).to(torch.uint8),
-        salient=chosen,
-        scales=(0.02 * scales).half(),
-    )
+    return random_grouped(n, m, regions, int(salient), columns=False, shape=(rows, columns), block=block)
 
 
 def assert_same(one: GroupedBinaryLinear, other: GroupedBinaryLinear) -> None:
@@ -304,7 +285,7 @@ def test_one_symbol_takes_no_bytes() -> None:
 
 
 def test_a_codeword_out_of_range_is_refused() -> None:
-    spec, tensors = pack_grouped(random_linear(4, 8))  # 70 masks in seven bits
+    spec, tensors = pack_grouped(random_linear(4, 8, regions=2))  # 70 masks in seven bits; every symbol fits any column
     codes = tensors["codes"].clone()
     codes[2, :11] = pack_bits(torch.full((1, 8), 70 << 4), 11)[0]
     for read in (spec.unpack, spec.decode_rows):

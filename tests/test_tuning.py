@@ -55,7 +55,7 @@ from subbit.tuning.distill import (
 )
 from subbit.tuning.graph import Replayed
 from subbit.tuning.optimizer import Rates, make_optimizer, set_rate, tuned_norms
-from subbit.tuning.precision import mixed_precision, resolve_precision
+from subbit.tuning.precision import mixed_precision, products_here, resolve_precision
 from subbit.tuning.reconstruct import reconstruct, token_weights
 from subbit.tuning.tunable import (
     TunableCodes,
@@ -275,6 +275,24 @@ def test_precision_is_what_the_recipe_says() -> None:
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported()
     assert resolve_precision("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "amx", "bfloat16", "products"),
+    [
+        (True, False, False, "matrix units"),
+        (False, True, True, "matrix units"),
+        (False, False, True, "bfloat16"),
+        (False, False, False, "float32"),
+    ],
+)
+def test_products_are_the_fastest_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, amx: bool, bfloat16: bool, products: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    assert products_here() == products
 
 
 # --- regions, shifts and residual columns -----------------------------------------------------------------------------

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from subbit.errors import UserError
-from subbit.tuning.precision import has_matrix_units
+from subbit.tuning.precision import Products, products_here
 
 __all__ = ["EFFORTS", "with_effort"]
 
 # Times are for a model of 135 million parameters, one core of a processor with matrix units for bfloat16 (AMX). They
-# grow with the parameters, and without such units tuning takes several times as long.
+# grow with the parameters, and a step of tuning takes twice to several times as long without such units.
 EFFORTS: dict[str, dict[str, Any]] = {
     # no tuning: minutes
     "fast": {
@@ -34,24 +34,25 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Meant for an hour on two cores without matrix units; counted from the arithmetic, not measured.
-WITHOUT_MATRIX_UNITS: dict[str, dict[str, Any]] = {"standard": {"distillation": {"steps": 360, "samples": 728}}}
+# Within an hour on two cores that have no matrix units; that of float32 is counted from the arithmetic, not measured.
+SHORTER: dict[Products, dict[str, dict[str, Any]]] = {
+    "bfloat16": {"standard": {"distillation": {"steps": 960, "samples": 1928}}},
+    "float32": {"standard": {"distillation": {"steps": 360, "samples": 728}}},
+}
 
 
-def with_effort(effort: str, values: Mapping[str, Any], matrix_units: bool | None = None) -> dict[str, Any]:
+def with_effort(effort: str, values: Mapping[str, Any], products: Products | None = None) -> dict[str, Any]:
     """Recipe values, with those of an effort where ``values`` says nothing; UserError for an unknown effort.
 
     Args:
-        matrix_units: whether the recipe is for hardware that has them; None: for this machine.
+        products: what the hardware that the recipe is for multiplies matrices with; None: that of this machine.
     """
     if effort not in EFFORTS:
         raise UserError(f"there is no effort {effort!r}; choose {', '.join(EFFORTS)}")
     if values.get("method", "codes") != "codes":
         raise UserError(f"effort is for method codes, not {values['method']}")
-    below = EFFORTS[effort]
-    if not (has_matrix_units() if matrix_units is None else matrix_units):
-        below = merge(below, WITHOUT_MATRIX_UNITS.get(effort, {}))
-    return merge(below, {"method": "codes", **values})
+    shorter = SHORTER.get(products or products_here(), {}).get(effort, {})
+    return merge(merge(EFFORTS[effort], shorter), {"method": "codes", **values})
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Precision", "has_matrix_units", "mixed_precision", "product_dtype", "resolve_precision"]
+__all__ = ["Precision", "Products", "mixed_precision", "product_dtype", "products_here", "resolve_precision"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Products = Literal["matrix units", "bfloat16", "float32"]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -24,10 +25,16 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if fast else torch.float32
 
 
-def has_matrix_units() -> bool:
-    """Whether this machine multiplies bfloat16 matrices many times as fast as float32 ones: a GPU, or AMX."""
+def products_here() -> Products:
+    """What this machine multiplies matrices with.
+
+    Matrix units are those of a GPU, or AMX: many times as fast as float32. Instructions for bfloat16 alone (AVX-512
+    BF16) are twice as fast.
+    """
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch before 2.7 may not say
-    return torch.cuda.is_available() or bool(amx and amx())
+    if torch.cuda.is_available() or (amx and amx()):
+        return "matrix units"
+    return "bfloat16" if resolve_precision("auto", torch.device("cpu")) == torch.bfloat16 else "float32"
 
 
 def mixed_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
