@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -13,6 +14,8 @@ from rich.progress import Progress as RichBar
 __all__ = ["ConsoleProgress", "Progress", "Report", "SilentProgress"]
 
 Report = Callable[[int, int], None]  # (done, total)
+
+SILENT_SECONDS = 30.0  # at most, of a stage that goes on in a file
 
 
 class Progress(Protocol):
@@ -38,10 +41,14 @@ class SilentProgress:
 
 
 class ConsoleProgress:
-    """Lines, and on a terminal bars, on standard error, so that standard output stays clean for results."""
+    """Lines and bars on standard error, so that standard output stays clean for results.
+
+    Where that is no terminal, a stage says a line instead of its bar when nothing has been said for a while.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
+        self._said = time.monotonic()
         self._bar = RichBar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,6 +63,7 @@ class ConsoleProgress:
 
     def line(self, text: str) -> None:
         """One line, above the bar if there is one."""
+        self._said = time.monotonic()
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -64,8 +72,14 @@ class ConsoleProgress:
         if not self._bar.tasks:
             self._bar.start()
         task = self._bar.add_task(name, total=None)
+
+        def report(done: int, total: int) -> None:
+            self._bar.update(task, completed=done, total=total)
+            if not self._console.is_terminal and time.monotonic() - self._said > SILENT_SECONDS:
+                self.line(f"{name}: {done}/{total}")
+
         try:
-            yield lambda done, total: self._bar.update(task, completed=done, total=total)
+            yield report
         finally:
             self._bar.remove_task(task)
             if not self._bar.tasks:
