@@ -43,6 +43,7 @@ KINDS = ["2:8", "1:8", "4:8", "3:8", "1:4", "1:16", "2:16", "3:16"]
 SHAPES = ["11008x4096", "4096x4096", "4096x11008"]
 BATCHES = [1, 8, 32, 512]
 CALLS = 5  # of a turn
+CHUNK = 16 << 20  # bytes whose reading is timed
 
 
 @dataclass
@@ -148,20 +149,37 @@ def ggml_call(
     return lambda copy: calls[copy]()
 
 
-def measure(
-    shape: str, threads: int, batch: int, kinds: list[str], rounds: int, seconds: float, ggml: Ggml | None
-) -> dict[str, Any]:
-    """All contenders on one shape, thread count and batch."""
-    rows, columns = map(int, shape.split("x"))
+@dataclass(frozen=True)
+class Race:
+    """What takes turns on one shape, thread count and batch."""
+
+    contenders: dict[str, Contender]
+    sizes: dict[str, int]  # bytes that a call of an N:M or of a type of ggml reads
+    errors: dict[str, float]  # of every N:M
+    peers: list[str]  # types of ggml
+
+    def run(self, rounds: int, seconds: float) -> None:
+        """Turns of all, until ``rounds`` or, after five, ``seconds`` are over."""
+        for contender in self.contenders.values():
+            contender.run()
+            contender.seconds.clear()
+        started = time.perf_counter()
+        for turn in range(rounds):
+            if turn >= 5 and time.perf_counter() - started > seconds:
+                break
+            for contender in self.contenders.values():
+                contender.run()
+
+
+def line_up(rows: int, columns: int, batch: int, threads: int, kinds: list[str], ggml: Ggml | None) -> Race:
+    """All contenders, with enough copies of what they read."""
     generator = torch.Generator().manual_seed(0)
-    torch.set_num_threads(threads)
     inputs = torch.randn(batch, columns, generator=generator)
     weight = torch.randn(rows, columns, generator=generator)
     linears = {kind: random_codes(kind, rows, columns, generator) for kind in kinds}
-    sizes = {kind: packed.nbytes for kind, (_, packed) in linears.items()}
     peers = {name: ggml.row_bytes(name, columns) * rows for name in ggml.types} if ggml else {}
-    chunk = 16 << 20
-    copies = copies_for(chunk + weight.nbytes * 3 // 2 + sum(sizes.values()) + sum(peers.values()))
+    sizes = {kind: packed.nbytes for kind, (_, packed) in linears.items()} | peers
+    copies = copies_for(CHUNK + weight.nbytes * 3 // 2 + sum(sizes.values()))
     contenders: dict[str, Contender] = {}
     for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
         weights = [weight.to(dtype, copy=True) for _ in range(copies)]
@@ -169,7 +187,7 @@ def measure(
     if ggml:
         for name in peers:
             contenders[name] = Contender(ggml_call(ggml, name, weight, inputs, threads, copies), copies)
-    memory = [native.zeros(chunk).fill_(1) for _ in range(copies)]
+    memory = [native.zeros(CHUNK).fill_(1) for _ in range(copies)]
     for name in ("pause", "memory"):  # what comes next after torch's bfloat16 product is a fifth slower for a while
         contenders[name] = Contender(lambda i: native.read_memory(memory[i]), copies)
     errors = {}
@@ -180,44 +198,46 @@ def measure(
         contenders.setdefault("start", Contender(call, copies, calls=copies // 2))
         contenders[kind] = Contender(call, copies)
         contenders[f"{kind} kernel"] = Contender(kernel, copies, calls=copies // 2)
+    return Race(contenders, sizes, errors, list(peers))
 
-    for contender in contenders.values():
-        contender.run()
-        contender.seconds.clear()
-    started = time.perf_counter()
-    for turn in range(rounds):
-        if turn >= 5 and time.perf_counter() - started > seconds:
-            break
-        for contender in contenders.values():
-            contender.run()
 
-    bandwidth = chunk / contenders["memory"].median
-    fp32, bf16 = contenders["torch fp32"].median, contenders["torch bf16"].median
-    bits = {name: 8 * size / (rows * columns) for name, size in {**sizes, **peers}.items()}
-    best = min((contenders[name].median for name in peers), default=None)
+def figures(race: Race, weights: int) -> dict[str, Any]:
+    """What comes out for a matrix of so many weights."""
+    seconds = {name: contender.median for name, contender in race.contenders.items()}
+    bits = {name: 8 * size / weights for name, size in race.sizes.items()}
+    bounds = {name: size / CHUNK * seconds["memory"] for name, size in race.sizes.items()}
+    best = min((seconds[name] for name in race.peers), default=None)
     return {
-        "shape": shape,
-        "threads": threads,
-        "batch": batch,
-        "memory_gb_per_s": bandwidth / 1e9,
-        "torch_fp32_us": fp32 * 1e6,
-        "torch_bf16_us": bf16 * 1e6,
-        "ggml": {name: {"us": contenders[name].median * 1e6, "bits_per_weight_read": bits[name]} for name in peers},
+        "memory_gb_per_s": CHUNK / seconds["memory"] / 1e9,
+        "torch_fp32_us": seconds["torch fp32"] * 1e6,
+        "torch_bf16_us": seconds["torch bf16"] * 1e6,
+        "ggml": {name: {"us": seconds[name] * 1e6, "bits_per_weight_read": bits[name]} for name in race.peers},
         "kernels": {
             kind: {
-                "us": contenders[kind].median * 1e6,
+                "us": seconds[kind] * 1e6,
                 "bits_per_weight_read": bits[kind],
-                "ratio_to_bound": contenders[kind].median * bandwidth / sizes[kind],
-                "kernel_us": contenders[f"{kind} kernel"].median * 1e6,
-                "kernel_ratio_to_bound": contenders[f"{kind} kernel"].median * bandwidth / sizes[kind],
-                "speedup_vs_torch_fp32": fp32 / contenders[kind].median,
-                "speedup_vs_torch_bf16": bf16 / contenders[kind].median,
-                "speedup_vs_ggml": best and best / contenders[kind].median,
-                "relative_error": errors[kind],
+                "ratio_to_bound": seconds[kind] / bounds[kind],
+                "kernel_us": seconds[f"{kind} kernel"] * 1e6,
+                "kernel_ratio_to_bound": seconds[f"{kind} kernel"] / bounds[kind],
+                "speedup_vs_torch_fp32": seconds["torch fp32"] / seconds[kind],
+                "speedup_vs_torch_bf16": seconds["torch bf16"] / seconds[kind],
+                "speedup_vs_ggml": best and best / seconds[kind],
+                "relative_error": error,
             }
-            for kind in kinds
+            for kind, error in race.errors.items()
         },
     }
+
+
+def measure(
+    shape: str, threads: int, batch: int, kinds: list[str], rounds: int, seconds: float, ggml: Ggml | None
+) -> dict[str, Any]:
+    """All contenders on one shape, thread count and batch."""
+    rows, columns = map(int, shape.split("x"))
+    torch.set_num_threads(threads)
+    race = line_up(rows, columns, batch, threads, kinds, ggml)
+    race.run(rounds, seconds)
+    return {"shape": shape, "threads": threads, "batch": batch, **figures(race, rows * columns)}
 
 
 def show(result: dict[str, Any]) -> None:
