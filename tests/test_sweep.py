@@ -572,6 +572,16 @@ def test_the_table(results: Path) -> None:
     assert widths == {11}
 
 
+def test_seeds_are_merged_across_versions(results: Path) -> None:
+    """A run that was recorded when recipes had fewer fields is a seed like any other."""
+    old = json.loads(results.read_text())
+    for result in old["results"]:
+        if result["seed"] == 0:
+            del result["recipe"]["allocation"]["spread"]
+    results.write_text(json.dumps(old))
+    assert "110.0 ± 11.0 (100.0 … 121.0, 2 seeds)" in subbit.compare([results])
+
+
 def test_results_that_cannot_be_compared_stay_apart(results: Path, tmp_path: Path) -> None:
     """Another model or protocol is another section, also from another file; equal results are not doubled."""
     other = tmp_path / "other.json"

@@ -28,6 +28,7 @@ __all__ = [
     "read_entries",
     "recipe_key",
     "with_seeds",
+    "without_later",
 ]
 
 DENSE = "dense"
@@ -104,6 +105,15 @@ def entry_key(recipe: Recipe | None, model: str, protocol: Protocol) -> str:
 LATER = (("allocation", "spread", "value"), ("options", "residual_order", 2))
 
 
+def without_later(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe, but for fields of :data:`LATER` that are as before: what it would have had then."""
+    values = dict(recipe)
+    for section, field, before in LATER:
+        if values[section].get(field) == before:
+            values[section] = {name: value for name, value in values[section].items() if name != field}
+    return values
+
+
 def recipe_key(recipe: Recipe | None, model: str) -> str:
     """Of a checkpoint: the recipe, with the contents of a calibration file, and the digest of the model.
 
@@ -112,9 +122,7 @@ def recipe_key(recipe: Recipe | None, model: str) -> str:
     """
     values = recipe.to_dict() if recipe else None
     if values:
-        for section, field, before in LATER:
-            if values[section].get(field) == before:
-                del values[section][field]
+        values = without_later(values)
         for stage in ("reconstruction", "distillation"):
             if not values[stage]["steps"]:
                 del values[stage]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from subbit.comparison.entries import DENSE
+from subbit.comparison.entries import DENSE, without_later
 from subbit.comparison.recorded import names_of, texts_of
 from subbit.comparison.results import DONE, read_results
 from subbit.comparison.tasks import facts_file, read_facts
@@ -162,9 +162,10 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def without_seed(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What runs with different seeds have in common."""
+    """What runs with different seeds have in common, also where an older version recorded some of them."""
     if recipe is None:
         return None
+    recipe = without_later(recipe)
     return {**recipe, "calibration": {k: v for k, v in recipe["calibration"].items() if k != "seed"}}
 
 
