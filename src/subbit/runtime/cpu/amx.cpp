@@ -46,21 +46,29 @@ constexpr Units<columns> units_of(const Entries<columns>& entries) {
     }
     return units;
 }
-// Of tables whose first entries are the columns, the next ones their negatives or, for `single`, the other way round.
-template <int columns>
-constexpr Units<columns> symbol_units(int first) {
-    Units<columns> units{};
-    for (int j = 0; j < columns; j++) {
+// five: 16 columns, then their negatives.
+constexpr Units<16> five_units() {
+    Units<16> units{};
+    for (int j = 0; j < 16; j++) {
+        for (int e = 0; e < 64; e++) units.entries[j][e] = static_cast<int8_t>(e % 16 != j ? 0 : e / 16 % 2 ? -1 : 1);
+    }
+    return units;
+}
+// four: the negatives of 8 columns, then these; byte b of a row is looked up for column b of either half of a group.
+constexpr Units<2> four_units() {
+    Units<2> units{};
+    for (int half = 0; half < 2; half++) {
         for (int e = 0; e < 64; e++) {
-            const int sign = e / columns % 2 ? -first : first;
-            units.entries[j][e] = static_cast<int8_t>(e % columns == j ? sign : 0);
+            const int column = 4 * half + e / 16;
+            units.entries[half][e] = static_cast<int8_t>(e % 8 != column ? 0 : e / 8 % 2 ? 1 : -1);
         }
     }
     return units;
 }
-constexpr Units<8> kSixUnits = units_of(kSix), kSevenUnits = units_of(kSeven), kSingleUnits = symbol_units<8>(-1);
+constexpr Units<8> kSixUnits = units_of(kSix), kSevenUnits = units_of(kSeven);
 constexpr Units<4> kHalfUnits = units_of(kHalf);
-constexpr Units<16> kFiveUnits = symbol_units<16>(1);
+constexpr Units<16> kFiveUnits = five_units();
+constexpr Units<2> kFourUnits = four_units();
 
 // Where the weights of four columns go: a row of each of the four panels for 64 rows.
 inline int8_t* quad_at(int8_t* weights, int quad) { return weights + quad / 16 * 4 * kPanelBytes + quad % 16 * 64; }
@@ -96,6 +104,13 @@ constexpr Places make_places() {
     return places;
 }
 constexpr Places kPlaces = make_places();
+// decode_four leaves them in their order.
+constexpr Places in_order() {
+    Places places{};
+    for (int row = 0; row < kTileRows; row++) places.of[row] = row;
+    return places;
+}
+constexpr Places kInOrder = in_order();
 
 inline __m512i negated(__m512i x, __mmask64 where) {
     return _mm512_mask_sub_epi8(x, where, _mm512_setzero_si512(), x);
@@ -134,12 +149,19 @@ void decode_halves(const uint8_t* codes, int groups, int8_t* weights) {
     }
 }
 
-void decode_single(const uint8_t* codes, int groups, int8_t* weights) {
-    for (int group = 0; group < groups; codes += 64) {
-        const __m512i code = load(codes);
-        for (const __m512i index : {low_nibble(code), high_nibble(code)}) {
-            const auto column = [&](int i) { return _mm512_shuffle_epi8(load(kSingleUnits.entries[i]), index); };
-            put_columns<8>(column, weights, 2 * group++);
+// Four columns of 16 rows at a time: the byte of a row for a group, in four places.
+void decode_four(const uint8_t* codes, int groups, int8_t* weights) {
+    const __m512i rows = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+    for (int group = 0; group < groups; group++) {
+        const uint8_t* unit = codes + group / 8 * of(Layout::four).unit_bytes;
+        const __m512i bytes = _mm512_add_epi8(rows, _mm512_set1_epi8(static_cast<char>(group % 4)));
+        for (int panel = 0; panel < 4; panel++) {
+            const __m512i code = _mm512_shuffle_epi8(load(unit + 64 * panel), bytes);
+            const __m512i index = place_four(group % 8 < 4 ? code : _mm512_srli_epi16(code, 4));
+            for (int half = 0; half < 2; half++) {
+                int8_t* at = quad_at(weights, 2 * group + half) + panel * kPanelBytes;
+                _mm512_storeu_si512(at, _mm512_permutexvar_epi8(index, load(kFourUnits.entries[half])));
+            }
         }
     }
 }
@@ -164,7 +186,7 @@ void decode_five(const uint8_t* codes, int groups, int8_t* weights) {
 
 void decode(Layout layout, const uint8_t* codes, int groups, int8_t* weights) {
     switch (layout) {
-        case Layout::single: return decode_single(codes, groups, weights);
+        case Layout::four: return decode_four(codes, groups, weights);
         case Layout::five1: return decode_five<Layout::five1>(codes, groups, weights);
         case Layout::five2: return decode_five<Layout::five2>(codes, groups, weights);
         case Layout::five3: return decode_five<Layout::five3>(codes, groups, weights);
@@ -210,8 +232,9 @@ inline void sum_panels(const uint8_t* high, const int8_t* weights, int panels, i
     asm volatile("" : : : "memory");  // the stores of some compilers do not say what they write
 }
 
-void multiply_panels(const uint8_t* planes, const float* steps, int tiles, const int8_t* weights, const float* scales,
-                     int panels, float* sums) {
+void multiply_panels(Layout layout, const uint8_t* planes, const float* steps, int tiles, const int8_t* weights,
+                     const float* scales, int panels, float* sums) {
+    const Places& places = layout == Layout::four ? kInOrder : kPlaces;
     alignas(64) uint8_t before[64];  // the registers may be somebody else's
     _tile_storeconfig(before);
     _tile_loadconfig(&kConfiguration);
@@ -230,7 +253,7 @@ void multiply_panels(const uint8_t* planes, const float* steps, int tiles, const
         for (const auto& part : parts) {
             const __m512 step = _mm512_set1_ps(*steps++);
             for (int row = 0; row < kTileRows; row += 16, sums += 16) {
-                const __m512 sum = _mm512_mul_ps(step, _mm512_i32gather_ps(load(kPlaces.of + row), part, 4));
+                const __m512 sum = _mm512_mul_ps(step, _mm512_i32gather_ps(load(places.of + row), part, 4));
                 _mm512_storeu_ps(sums, _mm512_mul_ps(sum, _mm512_loadu_ps(scales + row)));
             }
         }

@@ -19,7 +19,7 @@ struct Bytes {
 
     template <int radix>
     static Bytes of(__m512i first, __m512i second) {
-        // value / radix, exact below 2^14: the multiplier is 2^22 / radix, rounded up.
+        // value / radix, exact below 2^15 - 256: the multiplier is 2^22 / radix, rounded up.
         const auto multiplier = static_cast<short>(((1 << 22) + radix - 1) / radix);
         const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)),
                                                   _mm512_cvtepi32_epi16(second), 1);
@@ -104,18 +104,20 @@ float build_folded(const float* x, int groups, uint8_t* tables) {
     return largest / limit;
 }
 
-// -x and x of two groups of 8 columns, a table each.
-float build_single(const float* x, int groups, uint8_t* tables) {
-    const float largest = largest_of(x, 8 * groups), limit = kTwoGrid.limit;
+// -x and x of 8 columns, for four groups a table.
+float build_four(const float* x, int groups, uint8_t* tables) {
+    const float largest = largest_of(x, 8 * groups), limit = kFourGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
-    const __m512i zero = _mm512_set1_epi32(kTwoGrid.zero);
-    for (int g = 0; g < groups; g += 2, x += 16, tables += 64) {
-        const __m512i plus = to_grid(_mm512_loadu_ps(x), inverse, kTwoGrid.zero);
-        const __m512i minus = _mm512_sub_epi32(_mm512_add_epi32(zero, zero), plus);
-        const Bytes bytes = Bytes::of<kTwoGrid.radix>(_mm512_shuffle_i64x2(minus, plus, 0x44),
-                                                      _mm512_shuffle_i64x2(minus, plus, 0xEE));
-        store_256(tables, _mm256_permute2x128_si256(bytes.low, bytes.high, 0x20));
-        store_256(tables + 32, _mm256_permute2x128_si256(bytes.low, bytes.high, 0x31));
+    const __m512i zero = _mm512_set1_epi32(kFourGrid.zero);
+    for (int g = 0; g < groups; g += 4, tables += 128) {
+        for (int half = 0; half < 2; half++, x += 16) {
+            const __m512i plus = to_grid(_mm512_loadu_ps(x), inverse, kFourGrid.zero);
+            const __m512i minus = _mm512_sub_epi32(_mm512_add_epi32(zero, zero), plus);
+            const Bytes bytes = Bytes::of<kFourGrid.radix>(_mm512_shuffle_i64x2(minus, plus, 0x44),
+                                                           _mm512_shuffle_i64x2(minus, plus, 0xEE));
+            store_256(tables + 32 * half, bytes.low);
+            store_256(tables + 64 + 32 * half, bytes.high);
+        }
     }
     return largest / limit;
 }
@@ -136,13 +138,41 @@ float build_five(const float* x, int groups, uint8_t* tables) {
 
 float build_avx512(Layout layout, const float* inputs, int groups, uint8_t* tables) {
     switch (layout) {
-        case Layout::single: return build_single(inputs, groups, tables);
+        case Layout::four: return build_four(inputs, groups, tables);
         case Layout::five1:
         case Layout::five2:
         case Layout::five3: return build_five(inputs, groups, tables);
         case Layout::six: return build_folded<Layout::six>(inputs, groups, tables);
         case Layout::seven: return build_folded<Layout::seven>(inputs, groups, tables);
         default: return build_folded<Layout::halves3>(inputs, groups, tables);
+    }
+}
+
+// The bytes of a row for four groups are looked up together, and added to the sum of the row by one instruction, which
+// multiplies those of the upper plane by the radix.
+void add_four(const uint8_t* codes, const uint8_t* tables, int groups, float step, float* sums, int tiles) {
+    const __m512i low = _mm512_set1_epi8(1), high = _mm512_set1_epi8(kFourGrid.radix);
+    for (int tile = 0; tile < tiles; tile++, sums += kTileRows) {
+        __m512i whole[4];
+        for (__m512i& sum : whole) sum = _mm512_set1_epi32(-groups * kFourGrid.zero);
+        const uint8_t* table = tables;
+        for (int unit = 0; unit < groups; unit += 8, codes += of(Layout::four).unit_bytes, table += 256) {
+            const __m512i planes[4] = {load(table), load(table + 64), load(table + 128), load(table + 192)};
+            SUBBIT_UNROLLED
+            for (int i = 0; i < 4; i++) {
+                fetch(codes + 64 * i);
+                const __m512i code = load(codes + 64 * i);
+                const __m512i first = place_four(code), second = place_four(_mm512_srli_epi16(code, 4));
+                whole[i] = _mm512_dpbusd_epi32(whole[i], _mm512_permutexvar_epi8(first, planes[0]), low);
+                whole[i] = _mm512_dpbusd_epi32(whole[i], _mm512_permutexvar_epi8(first, planes[1]), high);
+                whole[i] = _mm512_dpbusd_epi32(whole[i], _mm512_permutexvar_epi8(second, planes[2]), low);
+                whole[i] = _mm512_dpbusd_epi32(whole[i], _mm512_permutexvar_epi8(second, planes[3]), high);
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            const __m512 sum = _mm512_loadu_ps(sums + 16 * i), more = _mm512_cvtepi32_ps(whole[i]);
+            _mm512_storeu_ps(sums + 16 * i, _mm512_fmadd_ps(_mm512_set1_ps(step), more, sum));
+        }
     }
 }
 
@@ -220,7 +250,7 @@ void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int 
                 int tiles) {
     const auto run = [&](auto add) { add(codes, tables, groups, step, sums, tiles); };
     switch (layout) {
-        case Layout::single: return run(add_tiles<Layout::single, Planes, add_single>);
+        case Layout::four: return run(add_four);
         case Layout::five1: return run(add_tiles<Layout::five1, Planes, add_five<Layout::five1>>);
         case Layout::five2: return run(add_tiles<Layout::five2, Planes, add_five<Layout::five2>>);
         case Layout::five3: return run(add_tiles<Layout::five3, Planes, add_five<Layout::five3>>);

@@ -32,7 +32,7 @@ std::vector<const Kernels*> available() {
     bool all = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f");
     all = all && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     all = all && __builtin_cpu_supports("avx512bw");
-    const bool vbmi = all && __builtin_cpu_supports("avx512vbmi");
+    const bool vbmi = all && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 #ifdef SUBBIT_AMX
     static const Kernels amx_kernels = with_amx();
     if (vbmi && may_use_amx()) list.push_back(&amx_kernels);

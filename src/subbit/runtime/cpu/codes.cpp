@@ -145,6 +145,7 @@ uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
     const Layout layout = shape.layout();
     switch (layout) {
         case Layout::single:
+        case Layout::four:
         case Layout::pair: return code_of_symbols(word, shape.n, shape.m, 4);
         case Layout::six: return code_of_symbols(word, shape.n, shape.m, 3);
         case Layout::triple:
@@ -253,9 +254,10 @@ void words_of(const Shape& shape, const Book& book, const uint16_t* codes, uint1
 
 // Where a field of a row is.
 struct Place {
-    int offsets[3], bit;  // of the three Field::Rows
+    int offsets[4], bit;  // of the four Field::Rows
 
-    explicit Place(int row) : offsets{byte_of(row), pair_of(row), byte_of(row) / 8}, bit(byte_of(row) % 8) {}
+    explicit Place(int row)
+        : offsets{byte_of(row), pair_of(row), byte_of(row) / 8, quad_of(row)}, bit(byte_of(row) % 8) {}
     int byte(const Field& field) const { return field.at + offsets[field.rows]; }
     int shift(const Field& field) const { return field.rows == Field::bits ? bit : field.bit; }
 };
@@ -493,7 +495,7 @@ void MatrixProduct::multiply() {
         }
         const int row = tile * kTileRows;
         const float* scales = row_scales_of(shape, product.buffer, row);
-        kernel.multiply(planes, steps, vector_tiles(), weights, scales, panels, sums.data());
+        kernel.multiply(layout, planes, steps, vector_tiles(), weights, scales, panels, sums.data());
         for (int i = 0; i < count; i++) product.put(row, first + i, sums.data() + static_cast<ptrdiff_t>(i) * kTileRows);
         tile = following;
     }
@@ -563,6 +565,7 @@ std::vector<Field> fields_of(Layout layout, int group) {
     switch (layout) {
         case Layout::generic: return {};
         case Layout::single: return {{0, 4, 0, nibble, bytes}};
+        case Layout::four: return {{0, 4, group % 4, group / 4 * 4, Field::quads}};
         case Layout::pair: return {{0, 4, 0, nibble, Field::pairs}, {4, 4, 1, nibble, Field::pairs}};
         case Layout::halves3:
         case Layout::halves4:
@@ -602,7 +605,7 @@ Layout Shape::layout() const {
     }
     if (m != 8) return Layout::generic;
     constexpr Layout whole[] = {Layout::single, Layout::pair, Layout::triple, Layout::quad};
-    constexpr Layout halved[] = {Layout::single, Layout::seven, Layout::halves3, Layout::halves4};
+    constexpr Layout halved[] = {Layout::four, Layout::seven, Layout::halves3, Layout::halves4};
     return (order == Order::large ? halved : whole)[n - 1];
 }
 

@@ -42,6 +42,7 @@ enum class Layout {
     wide1,    // 1:16, a column of 16 and a sign: 5 bits
     wide2,    // 2:16, two of them: 10 bits
     wide3,    // 3:16: 15 bits
+    four,     // 1:8 in tables of 64, one for four groups: half a byte
     six,      // 1:4 in tables of 64, 6 bits for two codewords
     seven,    // 2:8 in tables of 64: 7 bits
     halves3,  // 3:8 in tables of 64, one for four columns: 11 bits
@@ -62,12 +63,14 @@ constexpr Grid kTwoGrid{128, 8192, 8191}, kThreeGrid{86, 3697, 3697};
 constexpr Grid kFoldedGrid{127, 8128, 8127};
 // Bytes are from -63 to 63, and a sum of two has 128 added.
 constexpr Grid kSignedGrid{127, 8192, 8064};
+// Sums of 32 bits, so that the upper byte takes all of its values.
+constexpr Grid kFourGrid{127, 16256, 16255};
 
 // The layouts that kernels read, by what they look up fastest.
 enum class Order {
     small,  // tables of 16 entries
     mixed,  // of 16 for N:8, of 32 for N:16, of 64 for 1:4
-    large,  // of 16 for 1:8, of 32 for N:16, of 64 otherwise
+    large,  // of 32 for N:16, of 64 otherwise
 };
 
 struct Properties {
@@ -80,13 +83,14 @@ struct Properties {
     int matrix_from = 0;  // vectors: fewer are faster one by one than with decoded weights, where there is a matrix kernel
 };
 constexpr Properties kProperties[] = {
-    {8, 2, 64, 32, 1, kTwoGrid, 24},       // single
+    {8, 2, 64, 32, 1, kTwoGrid},       // single
     {8, 2, 128, 32, 2, kTwoGrid},      // pair
     {8, 8, 768, 128, 3, kThreeGrid},   // triple
     {8, 8, 832, 128, 3, kThreeGrid},   // quad
     {16, 8, 320, 32, 1, kSignedGrid},  // wide1
     {16, 8, 640, 32, 2, kSignedGrid},  // wide2
     {16, 8, 960, 32, 3, kSignedGrid},  // wide3
+    {8, 8, 256, 32, 1, kFourGrid, 24},     // four
     {8, 8, 384, 128, 1, kFoldedGrid, 13},  // six
     {8, 8, 448, 128, 1, kFoldedGrid, 11},  // seven
     {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves3
@@ -145,13 +149,16 @@ constexpr int kFiveBytes = 320;
 // Eight columns of the Hadamard matrix; bit j is 1 for +1.
 constexpr uint8_t kHadamard[12] = {255, 71, 142, 29, 58, 116, 233, 210, 164, 72, 145, 35};
 
+// four: four bytes of a row, one after the other, for eight groups: the first four in their lower halves.
+constexpr int quad_of(int row) { return 4 * row; }
+
 // Some bits of the code of a group, and where they lie in a unit.
 struct Field {
-    enum Rows { bytes, pairs, bits };
+    enum Rows { bytes, pairs, bits, quads };
 
     int shift, width;  // of the code
     int at, bit;       // first byte of all rows, and the lowest bit there
-    Rows rows;         // a byte of each row at byte_of, at pair_of, or a bit
+    Rows rows;         // a byte of each row at byte_of, at pair_of, at quad_of, or a bit
 };
 std::vector<Field> fields_of(Layout layout, int group);
 

@@ -19,8 +19,8 @@ struct MatrixKernel {
     void (*decode)(Layout, const uint8_t* codes, int groups, int8_t* weights);
     // sums (16 * tiles x 64 rows) = inputs, two planes for every 16 of them and a step for each, times weights, a scale for
     // each row.
-    void (*multiply)(const uint8_t* planes, const float* steps, int tiles, const int8_t* weights, const float* scales,
-                     int panels, float* sums);
+    void (*multiply)(Layout, const uint8_t* planes, const float* steps, int tiles, const int8_t* weights,
+                     const float* scales, int panels, float* sums);
 };
 
 }  // namespace subbit

@@ -14,6 +14,9 @@ inline __mmask64 load_mask(const uint8_t* p) {
     return _cvtu64_mask64(bits);
 }
 
+// four: the index of the lower half of each byte, in a table of 64 that has 16 entries for each byte of 32 bits.
+inline __m512i place_four(__m512i codes) { return select(15, codes, _mm512_set1_epi32(0x30201000)); }
+
 // halves: the entries of 64 rows for four columns, and which of them are to be negated.
 struct Half {
     __m512i index;

@@ -1,5 +1,5 @@
-// The kernels for NEON against float64 and the portable ones, on random cases, where there is no ARM processor to run
-// tests/test_native.py on: tests/neon.sh builds this for an emulator.
+// Kernels against float64 and the portable ones, on random cases, where there is no processor for them to run
+// tests/test_native.py on: tests/neon.sh builds this for an emulator, tests/amx.sh with matrix registers of its own.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +16,20 @@ constexpr int kCases = 60;       // of each N:M, and of heads
 constexpr double kBound = 2e-3;  // of the error, as in tests/test_native.py
 constexpr double kSame = 1e-4;   // of the difference of two kernels with the same tables
 constexpr double kBrief = 4e-3;  // more, where outputs are bfloat16
-const Kernels* const kBoth[] = {&portable_kernels, &neon_kernels};
+
+#ifdef SUBBIT_NEON
+const Kernels& checked = neon_kernels;
+constexpr int kMostInputs = 9;
+#else
+Kernels with_matrix() {
+    Kernels kernels = avx512_kernels;
+    kernels.matrix = &amx_matrix;
+    return kernels;
+}
+const Kernels checked = with_matrix();
+constexpr int kMostInputs = 70;  // enough for the matrix kernel, whatever the N:M
+#endif
+const Kernels* const kBoth[] = {&portable_kernels, &checked};
 
 std::mt19937 engine(0);
 int draw(int from, int to) { return std::uniform_int_distribution<int>(from, to)(engine); }
@@ -55,7 +68,7 @@ double distance(Numbers x, const std::vector<double>& y) {
 template <class Multiply>
 void check(const char* name, const std::vector<float>& weights, int rows, int columns, double bound,
            Multiply multiply) {
-    const int batch = draw(1, 9);
+    const int batch = draw(1, kMostInputs);
     const bool brief = draw(0, 1);
     Vector inputs(brief, batch * columns), bias(draw(0, 1), rows);
     const Numbers added = draw(0, 1) ? bias.numbers() : Numbers{nullptr, false};
