@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from user_errors import run
 
-from subbit.calibration.text import load_text, sample_windows, split_sources, tokenize, turns
+from subbit.calibration.text import distinct_windows, load_text, sample_windows, split_sources, tokenize, turns
 from subbit.checkpoint.files import RECIPE_FILE
 from subbit.evaluation.perplexity import perplexity
 from subbit.loading import open_any, read_tokenizer
@@ -26,16 +26,19 @@ from subbit.recipe import Recipe
 
 def touched(recipe: Recipe, text: str, tokens: int) -> Tensor:
     """[tokens] bool: which of them a run of the recipe has seen, in calibration or in distillation."""
-    seen = torch.zeros(tokens, dtype=torch.bool)
+    ids, seen = torch.arange(tokens), torch.zeros(tokens, dtype=torch.bool)
     calibration, distillation = recipe.calibration, recipe.distillation
-    draws = [(calibration.samples, calibration.seq_len, calibration.seed)]
-    if distillation.steps and distillation.samples:
-        draws.append((distillation.samples, recipe.distillation_seq_len, recipe.distillation_seed))
     parts = split_sources(calibration.source)
-    for samples, seq_len, seed in draws:
-        for part, own in zip(parts, turns(torch.arange(samples), len(parts)), strict=True):
-            if Path(part).name == Path(text).name:
-                seen[sample_windows(torch.arange(tokens), len(own), seq_len, seed)] = True
+    for turn, part in enumerate(parts):
+        if Path(part).name != Path(text).name:
+            continue
+        own = len(turns(torch.arange(calibration.samples), len(parts))[turn])
+        seen[sample_windows(ids, own, calibration.seq_len, calibration.seed)] = True
+        if distillation.steps and distillation.samples:
+            last = torch.arange(distillation.samples) >= distillation.samples - distillation.held_out
+            mine = turns(last, len(parts))[turn]
+            counts = len(mine), recipe.distillation_seq_len, recipe.distillation_seed, int(mine.sum())
+            seen[distinct_windows(ids, *counts)] = True
     return seen
 
 

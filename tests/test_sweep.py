@@ -32,7 +32,7 @@ from scripts import benchmark
 import subbit
 from subbit import Recipe, UserError
 from subbit.binary.nm import Sparsity
-from subbit.calibration.text import sample_windows
+from subbit.calibration.text import distinct_windows, sample_windows
 from subbit.comparison import sweep as sweep_module
 from subbit.comparison import worker
 from subbit.comparison.entries import (
@@ -936,10 +936,11 @@ def test_held_out_windows_share_no_token_with_calibration(tmp_path: Path) -> Non
     values = {
         "method": "codes",
         "calibration": {"source": f"first.txt,{tmp_path}/second.txt", "samples": 9, "seq_len": 16, "seed": 3},
-        "distillation": {"steps": 1, "samples": 7, "seq_len": 8},
+        "distillation": {"steps": 1, "samples": 7, "seq_len": 8, "held_out": 2},
     }
     tokens = 1000
-    drawn = [sample_windows(torch.arange(tokens), 4, 16, 3), sample_windows(torch.arange(tokens), 3, 8, 4)]
+    ids = torch.arange(tokens)
+    drawn = [sample_windows(ids, 4, 16, 3), distinct_windows(ids, 3, 8, 4, 1)]
     used = {int(position) for windows in drawn for position in windows.flatten()}
     seen = held_out.touched(Recipe.create(values), "elsewhere/second.txt", tokens)
     assert set(seen.nonzero().flatten().tolist()) == used

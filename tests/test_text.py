@@ -20,6 +20,7 @@ from subbit.calibration.text import (
     Text,
     calibration_windows,
     data_root,
+    distinct_windows,
     load_text,
     sample_windows,
     self_windows,
@@ -267,6 +268,37 @@ def test_a_text_of_one_window_is_enough_and_less_is_a_mistake() -> None:
         sample_windows(torch.arange(9), 0, 5, seed=0)
     with pytest.raises(UserError, match="sequence length 0"):
         sample_windows(torch.arange(9), 1, 0, seed=0)
+
+
+def test_distinct_windows_give_all_of_a_text_before_any_of_it_again() -> None:
+    """103 tokens less 2 windows held out are 8 windows and a rest; 20 windows take two passes and some of a third."""
+    windows = distinct_windows(torch.arange(103, dtype=torch.int32), 22, 10, seed=3, held_out=2)
+    assert windows.shape == (22, 10)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows, windows[:, :1] + torch.arange(10))
+    assert windows[-2:, 0].tolist() == [83, 93]
+    assert int(windows[:-2].max()) < 83
+    first = windows[:7].flatten().tolist()
+    assert len(set(first)) == len(first)
+    assert int(windows[:-2].flatten().bincount(minlength=83)[10:73].min()) >= 2
+    assert windows[:7, 0].tolist() != sorted(windows[:7, 0].tolist())
+    assert torch.equal(windows, distinct_windows(torch.arange(103), 22, 10, seed=3, held_out=2))
+    assert not torch.equal(windows, distinct_windows(torch.arange(103), 22, 10, seed=4, held_out=2))
+    with pytest.raises(UserError, match="29 tokens, 3 windows need 30"):
+        distinct_windows(torch.arange(29), 5, 10, seed=0, held_out=2)
+
+
+def test_the_windows_held_out_of_several_texts_come_last(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """They take turns there as well: of five windows held out, the second text has given two, the first three."""
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for number, text in enumerate(texts):
+        text.write_text(" ".join(f"word{number}{i}" for i in range(200)), encoding="utf-8")
+    source = ",".join(map(str, texts))
+    windows, _ = calibration_windows(source, tokenizer, 17, 16, 0, lambda: pytest.fail("no model"), held_out=5)
+    for turn, (text, held_out) in enumerate(zip(texts, (3, 2), strict=True)):
+        ids = tokenize(tokenizer, text.read_text(encoding="utf-8"))
+        mine = windows[turn::2]
+        assert torch.equal(mine, distinct_windows(ids, len(mine), 16, 0, held_out))
 
 
 # --- the model's own text

@@ -43,7 +43,8 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
     saved = writer.load_work(name)
     if saved is None:
         samples, seq_len = job.recipe.distillation.samples, job.recipe.distillation_seq_len
-        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed)
+        held_out = min(job.recipe.distillation.held_out, samples - 1)
+        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed, held_out)
         job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
         teacher = job.dense_output("dense model", job.settled(hidden), calls)

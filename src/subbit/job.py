@@ -74,9 +74,12 @@ class Job:
         return capture_inputs(self.model, self.layout, self.source, windows[:2], device=self.device)[1]
 
     def draw_windows(
-        self, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+        self, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, held_out: int | None = None
     ) -> tuple[Tensor, str]:
-        """Windows (samples, seq_len) int64 of the calibration's source, and a line that says where they are from."""
+        """Windows (samples, seq_len) int64 of the calibration's source, and a line that says where they are from.
+
+        ``held_out``: as :func:`~subbit.calibration.text.calibration_windows` has it.
+        """
         calibration = self.recipe.calibration
         with self.progress.stage(f"calibration text ({calibration.source})") as report:
             return calibration_windows(
@@ -87,6 +90,7 @@ class Job:
                 seed,
                 load_model=self.source.load_model,
                 progress=report,
+                held_out=held_out,
             )
 
     def stored(self, tensor: Tensor) -> Tensor:

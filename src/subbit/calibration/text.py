@@ -29,6 +29,7 @@ __all__ = [
     "calibration_windows",
     "check_context",
     "data_root",
+    "distinct_windows",
     "eval_mode",
     "is_text_file",
     "load_text",
@@ -231,6 +232,31 @@ def sample_windows(token_ids: Tensor, samples: int, seq_len: int, seed: int) -> 
     return token_ids.cpu().to(torch.int64)[starts + torch.arange(seq_len)]
 
 
+def distinct_windows(token_ids: Tensor, samples: int, seq_len: int, seed: int, held_out: int) -> Tensor:
+    """Windows of a text in random order, none of which overlap before all of the text was given; then it is cut again.
+
+    token_ids: [tokens] integer. Returns [samples, seq_len] int64, the same for the same seed. The last `held_out` of
+    them are the end of the text, and no other touches it.
+    Raises UserError if the text is shorter than the windows held out and one more.
+    """
+    _check_counts(samples, seq_len, at_least=1)
+    ids = token_ids.cpu().to(torch.int64)
+    end = len(ids) - held_out * seq_len
+    if end < seq_len:
+        raise UserError(
+            f"calibration text too short: it has {len(ids)} tokens, {held_out + 1} windows need "
+            f"{(held_out + 1) * seq_len}: use a longer text, a smaller sequence length, or hold out fewer windows"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    given, missing = [], samples - held_out
+    while missing > 0:
+        start = int(torch.randint(min(seq_len, end - seq_len + 1), (), generator=generator))
+        windows = ids[start : end - (end - start) % seq_len].view(-1, seq_len)
+        given.append(windows[torch.randperm(len(windows), generator=generator)][:missing])
+        missing -= len(given[-1])
+    return torch.cat([*given, ids[end:].view(-1, seq_len)])
+
+
 def self_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -323,13 +349,15 @@ def calibration_windows(
     seed: int,
     load_model: Callable[[], PreTrainedModel],
     progress: Progress | None = None,
+    held_out: int | None = None,
 ) -> tuple[Tensor, str]:
     """Calibration windows [samples, seq_len] int64 and their origin in words.
 
     source: "self" (the model's own text; the only case that calls load_model) or a source of `load_text`,
     of which the train split is taken; or several of them with commas between, which take turns in giving a window.
     progress: (tokens done, tokens in all), called for "self" only.
-    Raises UserError as `load_text`, `sample_windows` and `self_windows` do.
+    held_out: of a text, None: `sample_windows`; a number: `distinct_windows`, with so many windows held out.
+    Raises UserError as `load_text`, `sample_windows`, `distinct_windows` and `self_windows` do.
     """
     parts = split_sources(source)
     if len(parts) > 1:
@@ -339,8 +367,10 @@ def calibration_windows(
             )
         origins = []
         windows = torch.empty(samples, seq_len, dtype=torch.int64)
-        for part, own in zip(parts, turns(windows, len(parts)), strict=True):
-            drawn, origin = calibration_windows(part, tokenizer, len(own), seq_len, seed, load_model, progress)
+        last = torch.arange(samples) >= samples - (held_out or 0)
+        for part, own, own_last in zip(parts, turns(windows, len(parts)), turns(last, len(parts)), strict=True):
+            given = None if held_out is None else int(own_last.sum())
+            drawn, origin = calibration_windows(part, tokenizer, len(own), seq_len, seed, load_model, progress, given)
             own.copy_(drawn)
             origins.append(origin)
         return windows, "; ".join(origins)
@@ -355,7 +385,10 @@ def calibration_windows(
             "these with commas between"
         )
     text = load_text(source, "train")
-    return sample_windows(tokenize(tokenizer, text.text), samples, seq_len, seed), text.origin
+    ids = tokenize(tokenizer, text.text)
+    if held_out is None:
+        return sample_windows(ids, samples, seq_len, seed), text.origin
+    return distinct_windows(ids, samples, seq_len, seed, held_out), text.origin
 
 
 def turns(windows: Tensor, sources: int) -> list[Tensor]:
