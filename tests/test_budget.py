@@ -515,13 +515,16 @@ def test_an_effort_fills_in_what_is_left_open() -> None:
 
 
 def test_standard_is_shorter_without_matrix_units() -> None:
-    """Of the whole model alone, and what is given counts more; the other efforts are the same everywhere."""
+    """In the steps of both stages alone, and what is given counts more; the other efforts are the same everywhere."""
     quick, *others = (with_effort("standard", {"bits": 1.0}, products) for products in get_args(Products))
     steps = [values["distillation"]["steps"] for values in (quick, *others)]
     assert steps == sorted(set(steps), reverse=True)
     for slow in others:
         assert slow["distillation"]["samples"] >= slow["distillation"]["steps"] * slow["distillation"]["batch"]
-        assert {**slow, "distillation": quick["distillation"]} == quick
+        layers = slow["reconstruction"]["steps"]
+        assert 0 < layers <= quick["reconstruction"]["steps"]
+        assert slow["reconstruction"] == {**quick["reconstruction"], "steps": layers}
+        assert {**slow, "reconstruction": quick["reconstruction"], "distillation": quick["distillation"]} == quick
     given = with_effort("standard", {"distillation": {"steps": 7}}, "float32")
     assert given["distillation"]["steps"] == 7
     for effort in ("fast", "best"):

@@ -16,6 +16,7 @@ __all__ = ["Rates", "make_optimizer", "set_rate", "tuned_norms"]
 WARM_UP = 0.1  # of all steps
 WARM_UP_STEPS = 16  # at most: at a low rate latents leave the edge at random, and do not come far (docs/log.md)
 LAST = 0.05  # of the rate that is left at the end
+BETAS = (0.8, 0.95)  # with more momentum latents go beyond the edge and come back (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def make_optimizer(modules: Iterable[nn.Module], rates: Rates) -> torch.optim.Ad
         for parameters, rate in used
     ]
     # fused: one pass over memory instead of ten
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu)
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True, capturable=on_gpu)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:

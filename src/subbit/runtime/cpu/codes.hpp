@@ -90,7 +90,7 @@ constexpr Properties kProperties[] = {
     {16, 8, 320, 32, 1, kSignedGrid},  // wide1
     {16, 8, 640, 32, 2, kSignedGrid},  // wide2
     {16, 8, 960, 32, 3, kSignedGrid},  // wide3
-    {8, 8, 256, 32, 1, kFourGrid, 24},     // four
+    {8, 8, 256, 32, 1, kFourGrid, 40},     // four
     {8, 8, 384, 128, 1, kFoldedGrid, 13},  // six
     {8, 8, 448, 128, 1, kFoldedGrid, 11},  // seven
     {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves3
