@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from user_errors import run
 
-from subbit.calibration.text import distinct_windows, load_text, sample_windows, split_sources, tokenize, turns
+from subbit.calibration.text import (
+    distinct_windows,
+    held_out_by_source,
+    load_text,
+    sample_windows,
+    split_sources,
+    tokenize,
+    turns,
+)
 from subbit.checkpoint.files import RECIPE_FILE
 from subbit.evaluation.perplexity import perplexity
 from subbit.loading import open_any, read_tokenizer
@@ -35,10 +43,10 @@ def touched(recipe: Recipe, text: str, tokens: int) -> Tensor:
         own = len(turns(torch.arange(calibration.samples), len(parts))[turn])
         seen[sample_windows(ids, own, calibration.seq_len, calibration.seed)] = True
         if distillation.steps and distillation.samples:
-            last = torch.arange(distillation.samples) >= distillation.samples - distillation.held_out
-            mine = turns(last, len(parts))[turn]
-            counts = len(mine), recipe.distillation_seq_len, recipe.distillation_seed, int(mine.sum())
-            seen[distinct_windows(ids, *counts)] = True
+            samples = distillation.samples
+            own = len(turns(torch.arange(samples), len(parts))[turn])
+            last = held_out_by_source(samples, recipe.held_out_of(samples), len(parts))[turn]
+            seen[distinct_windows(ids, own, recipe.distillation_seq_len, recipe.distillation_seed, last)] = True
     return seen
 
 

@@ -1335,6 +1335,20 @@ def test_distillation_on_windows_of_its_own(
     resumed(source, recipe, tmp_path / "out", tmp_path / "whole")
 
 
+def test_text_too_short_for_distillation_stops_a_run_before_its_layers(
+    source: Path, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    """Enough for the layers, but not for a window besides those held out."""
+    distillation = {**TUNING["distillation"], "samples": 6, "seq_len": 900, "held_out": 5}
+    text = tmp_path / "text.txt"
+    text.write_text("a few words " * 400, encoding="utf-8")
+    calibration = {**SMALL, "source": str(text)}
+    recipe = recipe_for("codes", calibration=calibration, options={"sweeps": 1}, distillation=distillation)
+    with pytest.raises(UserError, match="calibration text too short"):
+        subbit.compress(source, recipe, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_text_of_distillation_goes_through_the_dense_model_in_one_copy(source: Path) -> None:
     """The same as layer by layer with both sides kept, in the memory of what came in: there may be gigabytes of it."""
     job = job_of(source)

@@ -27,10 +27,21 @@ from subbit.tuning.optimizer import Rates, tuned_norms
 from subbit.tuning.precision import resolve_precision
 from subbit.tuning.tunable import Tunable, make_tunable
 
-__all__ = ["distill_model", "own_text"]
+__all__ = ["WINDOWS", "distill_model", "own_text", "own_windows"]
+
+WINDOWS = "distillation-windows"  # what a run calls them in its working folder
 
 SAVE_SECONDS = 300.0  # between two saved states: at most so much work is lost
 ERROR_TOKENS = 4096  # that the output errors of the tuned linears are measured on
+
+
+def own_windows(job: Job, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Windows (samples, seq_len) for distillation alone; UserError where the texts do not give so many."""
+    recipe, samples = job.recipe, job.recipe.distillation.samples
+    counts = samples, recipe.distillation_seq_len, recipe.distillation_seed, recipe.held_out_of(samples)
+    windows, origin = job.draw_windows(tokenizer, *counts)
+    job.progress.line(f"distillation: {origin}, {samples} windows of {windows.shape[1]} tokens")
+    return windows
 
 
 def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -42,10 +53,8 @@ def own_text(job: Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerB
     name = "distillation-text"
     saved = writer.load_work(name)
     if saved is None:
-        samples, seq_len = job.recipe.distillation.samples, job.recipe.distillation_seq_len
-        held_out = min(job.recipe.distillation.held_out, samples - 1)
-        windows, origin = job.draw_windows(tokenizer, samples, seq_len, job.recipe.distillation_seed, held_out)
-        job.progress.line(f"distillation: {origin}, {samples} windows of {seq_len} tokens")
+        drawn = writer.load_work(WINDOWS)
+        windows = own_windows(job, tokenizer) if drawn is None else drawn["windows"]
         hidden, calls = capture_inputs(job.model, job.layout, job.source, windows, device=job.device)
         teacher = job.dense_output("dense model", job.settled(hidden), calls)
         saved = writer.save_work(name, {"windows": windows, "teacher": teacher})
@@ -74,7 +83,7 @@ def distill_model(job: Job, source: ModelSource, writer: CheckpointWriter, windo
         if start:
             restore_layers(layers, saved)
             job.progress.line(f"resuming: {start} of {settings.steps} steps of distillation are done")
-        train = len(windows) - min(settings.held_out, len(windows) - 1)
+        train = len(windows) - job.recipe.held_out_of(len(windows))
         held_out = embedded[train:], teacher[train:]
         before = float(saved["before"]) if "before" in saved else measure(job, student, *held_out, dtype)
         with job.progress.stage("distillation") as report:

@@ -15,7 +15,7 @@ from subbit.checkpoint.files import FORMAT_VERSION, write_text
 from subbit.checkpoint.reader import Checkpoint, open_checkpoint
 from subbit.checkpoint.writer import CheckpointWriter, check_space
 from subbit.device import pick_device
-from subbit.distillation import distill_model, own_text
+from subbit.distillation import WINDOWS, distill_model, own_text, own_windows
 from subbit.embeddings import pack_matrices, pack_rest, plan_embeddings, quantized_source
 from subbit.errors import UserError
 from subbit.job import Job
@@ -83,6 +83,8 @@ def compress(
             check_context(skeleton, max(text.seq_len, recipe.distillation_seq_len if recipe.distillation.steps else 0))
             windows, origin = job.draw_windows(tokenizer, text.samples, text.seq_len, text.seed)
             progress.line(f"calibration: {origin}, {text.samples} windows of {text.seq_len} tokens")
+            # a text that is too short must stop the run now, not after the last layer
+            own = own_windows(job, tokenizer) if recipe.distillation.steps and recipe.distillation.samples else None
             check_space(Path(out), estimate_bytes(job, windows))
             packed = pack_matrices(job, embeddings)
             quantized = quantized_source(job, embeddings, packed)
@@ -96,6 +98,8 @@ def compress(
             sparsities, dense = plan_sparsity(job, plan, student, calls)
             planned = {"sparsities": sparsities, "left_dense": dense, "embeddings": embeddings.to_dict()}
             writer.begin({"calibration": origin, **planned}, windows, hidden)
+            if own is not None:
+                writer.save_work(WINDOWS, {"windows": own})
             writer.log("start", model=str(model), calibration=origin, device=str(job.device))
         hidden = {who: job.settled(states) for who, states in hidden.items()}
         compress_layers(job, writer, hidden, calls)

@@ -208,6 +208,10 @@ class Recipe(Section):
         """Seed of the windows of distillation, which are not those of the layers."""
         return self.calibration.seed + 1
 
+    def held_out_of(self, windows: int) -> int:
+        """How many of the windows of distillation are only measured: the last ones, and never all."""
+        return min(self.distillation.held_out, windows - 1)
+
     @property
     def distills_latents(self) -> bool:
         """Whether distillation moves signs and positions, not scales and norms alone."""

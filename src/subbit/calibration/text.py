@@ -31,6 +31,7 @@ __all__ = [
     "data_root",
     "distinct_windows",
     "eval_mode",
+    "held_out_by_source",
     "is_text_file",
     "load_text",
     "read_utf8",
@@ -367,9 +368,9 @@ def calibration_windows(
             )
         origins = []
         windows = torch.empty(samples, seq_len, dtype=torch.int64)
-        last = torch.arange(samples) >= samples - (held_out or 0)
-        for part, own, own_last in zip(parts, turns(windows, len(parts)), turns(last, len(parts)), strict=True):
-            given = None if held_out is None else int(own_last.sum())
+        last = held_out_by_source(samples, held_out or 0, len(parts))
+        for part, own, own_last in zip(parts, turns(windows, len(parts)), last, strict=True):
+            given = None if held_out is None else own_last
             drawn, origin = calibration_windows(part, tokenizer, len(own), seq_len, seed, load_model, progress, given)
             own.copy_(drawn)
             origins.append(origin)
@@ -394,6 +395,11 @@ def calibration_windows(
 def turns(windows: Tensor, sources: int) -> list[Tensor]:
     """Of ``windows`` [samples, …], for each of the sources a view of those that it gives: they take turns."""
     return [windows[turn::sources] for turn in range(sources)]
+
+
+def held_out_by_source(samples: int, held_out: int, sources: int) -> list[int]:
+    """How many of the last `held_out` of `samples` windows each of the sources gives."""
+    return [int(own.sum()) for own in turns(torch.arange(samples) >= samples - held_out, sources)]
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:
