@@ -38,10 +38,9 @@ template <int columns>
 struct Units {
     int8_t entries[columns][64];
 };
-template <int columns>
-constexpr Units<columns> units_of(const Entries<columns>& entries) {
-    Units<columns> units{};
-    for (int j = 0; j < columns; j++) {
+constexpr Units<8> units_of(const Entries& entries) {
+    Units<8> units{};
+    for (int j = 0; j < 8; j++) {
         for (int e = 0; e < 64; e++) units.entries[j][e] = static_cast<int8_t>(entries.weights[j][e]);
     }
     return units;
@@ -66,7 +65,9 @@ constexpr Units<2> four_units() {
     return units;
 }
 constexpr Units<8> kSixUnits = units_of(kSix), kSevenUnits = units_of(kSeven);
-constexpr Units<4> kHalfUnits = units_of(kHalf);
+template <int n>
+constexpr Units<8> kTermUnits[3] = {units_of(kTermTables<n>.of[0]), units_of(kTermTables<n>.of[1]),
+                                    units_of(kTermTables<n>.of[2])};
 constexpr Units<16> kFiveUnits = five_units();
 constexpr Units<2> kFourUnits = four_units();
 
@@ -134,17 +135,18 @@ void decode_folded(const uint8_t* codes, int groups, int8_t* weights) {
 }
 
 template <Layout layout>
-void decode_halves(const uint8_t* codes, int groups, int8_t* weights) {
+void decode_terms(const uint8_t* codes, int groups, int8_t* weights) {
+    const auto& units = kTermUnits<layout == Layout::terms3 ? 3 : 4>;
     for (int group = 0; group < groups; codes += of(layout).unit_bytes) {
-        Halves<layout> halves(codes);
+        TermIndices<layout> indices(codes);
         for (int j = 0; j < 8; j++, group++) {
-            const Half parts[2] = {halves.left(j), halves.right(j)};
-            for (int k = 0; k < 2; k++) {
-                const auto column = [&](int i) {
-                    return negated(_mm512_permutexvar_epi8(parts[k].index, load(kHalfUnits.entries[i])), parts[k].negative);
-                };
-                put_columns<4>(column, weights, 2 * group + k);
-            }
+            const Indices index = indices.of_group(j);
+            const auto column = [&](int i) {
+                const __m512i left = _mm512_permutexvar_epi8(index.left, load(units[0].entries[i]));
+                const __m512i right = _mm512_permutexvar_epi8(index.right, load(units[1 + j % 2].entries[i]));
+                return negated(_mm512_add_epi8(left, right), index.negative);
+            };
+            put_columns<8>(column, weights, 2 * group);
         }
     }
 }
@@ -192,8 +194,8 @@ void decode(Layout layout, const uint8_t* codes, int groups, int8_t* weights) {
         case Layout::five3: return decode_five<Layout::five3>(codes, groups, weights);
         case Layout::six: return decode_folded<Layout::six>(codes, groups, weights);
         case Layout::seven: return decode_folded<Layout::seven>(codes, groups, weights);
-        case Layout::halves3: return decode_halves<Layout::halves3>(codes, groups, weights);
-        default: return decode_halves<Layout::halves4>(codes, groups, weights);
+        case Layout::terms3: return decode_terms<Layout::terms3>(codes, groups, weights);
+        default: return decode_terms<Layout::terms4>(codes, groups, weights);
     }
 }
 

@@ -55,21 +55,34 @@ inline void put_pairs(const float* x, __m512 inverse, uint8_t* table) {
     put_table(sums, table);
 }
 
-constexpr Entries<4> pack_order(const Entries<4>& entries) {
-    Entries<4> packed{};
-    for (int j = 0; j < 4; j++) {
+constexpr Entries pack_order(const Entries& entries) {
+    Entries packed{};
+    for (int j = 0; j < 8; j++) {
         for (int e = 0; e < 64; e++) packed.weights[j][packed_at(e)] = entries.weights[j][e];
     }
     return packed;
 }
-constexpr Entries<4> kPackedHalf = pack_order(kHalf);
+template <int n, int which>
+constexpr Entries kPackedTerms = pack_order(kTermTables<n>.of[which]);
 
-inline void put_half(const float* x, __m512 inverse, uint8_t* table) {
+// Whether any of 16 entries has a weight in column j.
+constexpr bool has_column(const Entries& packed, int j, int i) {
+    bool any = false;
+    for (int e = 16 * i; e < 16 * (i + 1); e++) any |= packed.weights[j][e] != 0;
+    return any;
+}
+
+// A table from the columns of a group in steps of the grid; most entries have those of one half.
+template <int n, int which>
+inline void put_terms(const __m512 (&columns)[8], uint8_t* table) {
+    constexpr const Entries& packed = kPackedTerms<n, which>;
     __m512 sums[4] = {};
-    for (int j = 0; j < 4; j++) {
-        const __m512 a = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
+    SUBBIT_UNROLLED
+    for (int j = 0; j < 8; j++) {
+        SUBBIT_UNROLLED
         for (int i = 0; i < 4; i++) {
-            sums[i] = _mm512_fmadd_ps(a, _mm512_loadu_ps(kPackedHalf.weights[j] + 16 * i), sums[i]);
+            if (!has_column(packed, j, i)) continue;
+            sums[i] = _mm512_fmadd_ps(columns[j], _mm512_loadu_ps(packed.weights[j] + 16 * i), sums[i]);
         }
     }
     put_table(sums, table);
@@ -89,17 +102,19 @@ inline float largest_half(const float* x, int count) {
 // No entry is larger than `largest`.
 template <Layout layout>
 float build_folded(const float* x, int groups, uint8_t* tables) {
-    constexpr bool halves = layout == Layout::halves3;
-    const float largest = halves ? largest_half(x, 8 * groups) : 2 * largest_of(x, 8 * groups);
+    const float largest = layout == Layout::terms4 ? largest_half(x, 8 * groups) : 2 * largest_of(x, 8 * groups);
     const float limit = kFoldedGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += of(layout).table_bytes) {
-        if (halves) {
-            put_half(x, inverse, tables);
-            put_half(x + 4, inverse, tables + 128);
-        } else {
+        if (!is_terms(layout)) {
             put_pairs<layout>(x, inverse, tables);
+            continue;
         }
+        constexpr int n = layout == Layout::terms3 ? 3 : 4;
+        __m512 columns[8];
+        for (int j = 0; j < 8; j++) columns[j] = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
+        put_terms<n, 0>(columns, tables);
+        (g % 2 ? put_terms<n, 2> : put_terms<n, 1>)(columns, tables + 128);
     }
     return largest / limit;
 }
@@ -144,7 +159,8 @@ float build_avx512(Layout layout, const float* inputs, int groups, uint8_t* tabl
         case Layout::five3: return build_five(inputs, groups, tables);
         case Layout::six: return build_folded<Layout::six>(inputs, groups, tables);
         case Layout::seven: return build_folded<Layout::seven>(inputs, groups, tables);
-        default: return build_folded<Layout::halves3>(inputs, groups, tables);
+        case Layout::terms3: return build_folded<Layout::terms3>(inputs, groups, tables);
+        default: return build_folded<Layout::terms4>(inputs, groups, tables);
     }
 }
 
@@ -176,10 +192,10 @@ void add_four(const uint8_t* codes, const uint8_t* tables, int groups, float ste
     }
 }
 
-// An entry, or its negative where the mask has a bit.
-inline __m512i look_up(__m512i index, const uint8_t* table, __mmask64 negative) {
-    const __m512i entry = _mm512_permutexvar_epi8(index, load(table));
-    return _mm512_mask_sub_epi8(entry, negative, _mm512_set1_epi8(kFoldedGrid.radix), entry);
+// Bytes of a sum of some entries, or of its negative where the mask has a bit.
+template <int entries>
+inline __m512i negated(__m512i bytes, __mmask64 where) {
+    return _mm512_mask_sub_epi8(bytes, where, _mm512_set1_epi8(static_cast<char>(entries * kFoldedGrid.radix)), bytes);
 }
 
 template <Layout layout>
@@ -194,9 +210,8 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
                 __m512i entries[2];
                 for (int k = 0; k < 2; k++) {
                     const uint8_t* table = tables + 128 * (j + k) + plane;
-                    entries[k] = layout == Layout::six
-                                     ? _mm512_permutexvar_epi8(index[j + k], load(table))
-                                     : look_up(index[j + k], table, load_mask(codes + 384 + 8 * (j + k)));
+                    entries[k] = _mm512_permutexvar_epi8(index[j + k], load(table));
+                    if (layout == Layout::seven) entries[k] = negated<1>(entries[k], load_mask(codes + 384 + 8 * (j + k)));
                 }
                 return _mm512_add_epi8(entries[0], entries[1]);
             };
@@ -207,16 +222,17 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
 }
 
 template <Layout layout>
-inline void add_halves(const uint8_t* codes, const uint8_t* tables, int groups, Planes& sums) {
+inline void add_terms(const uint8_t* codes, const uint8_t* tables, int groups, Planes& sums) {
     for (int unit = 0; unit < groups; unit += 8, codes += of(layout).unit_bytes) {
-        Halves<layout> halves(codes);
+        TermIndices<layout> indices(codes);
         SUBBIT_UNROLLED
         for (int j = 0; j < 8; j++, tables += 256) {
             fetch_part<kLines<layout>>(codes, j);
-            const Half left = halves.left(j), right = halves.right(j);
+            const Indices index = indices.of_group(j);
             const auto sum = [&](int plane) {
-                return _mm512_add_epi8(look_up(left.index, tables + plane, left.negative),
-                                       look_up(right.index, tables + 128 + plane, right.negative));
+                const __m512i left = _mm512_permutexvar_epi8(index.left, load(tables + plane));
+                const __m512i right = _mm512_permutexvar_epi8(index.right, load(tables + 128 + plane));
+                return negated<2>(_mm512_add_epi8(left, right), index.negative);
             };
             sums.low.add(sum(0));
             sums.high.add(sum(64));
@@ -256,8 +272,8 @@ void add_avx512(Layout layout, const uint8_t* codes, const uint8_t* tables, int 
         case Layout::five3: return run(add_tiles<Layout::five3, Planes, add_five<Layout::five3>>);
         case Layout::six: return run(add_tiles<Layout::six, Planes, add_folded<Layout::six>>);
         case Layout::seven: return run(add_tiles<Layout::seven, Planes, add_folded<Layout::seven>>);
-        case Layout::halves3: return run(add_tiles<Layout::halves3, Planes, add_halves<Layout::halves3>>);
-        default: return run(add_tiles<Layout::halves4, Planes, add_halves<Layout::halves4>>);
+        case Layout::terms3: return run(add_tiles<Layout::terms3, Planes, add_terms<Layout::terms3>>);
+        default: return run(add_tiles<Layout::terms4, Planes, add_terms<Layout::terms4>>);
     }
 }
 

@@ -37,7 +37,7 @@ struct Pairs {
     int columns[2][64];
     float signs[2][64];
 };
-constexpr Pairs make_pairs(const Entries<8>& entries, int (*at)(int)) {
+constexpr Pairs make_pairs(const Entries& entries, int (*at)(int)) {
     Pairs pairs{};
     for (int e = 0; e < 64; e++) {
         int count = 0;

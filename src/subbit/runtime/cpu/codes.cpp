@@ -108,37 +108,43 @@ uint16_t code_of_signs(const Symbols& word, int n) {
     return 0;  // never: see Layout
 }
 
-// An entry of a table of 64 that is the weights, or their negative.
-struct Folded {
-    unsigned entry, negative;
-};
-template <int columns>
-Folded find_entry(const Entries<columns>& table, const float* weights) {
-    for (unsigned i = 0; i < 128; i++) {
-        const Folded found{i % 64, i / 64};
-        bool same = true;
-        for (int j = 0; j < columns; j++) same &= table.weights[j][found.entry] * (found.negative ? -1 : 1) == weights[j];
-        if (same) return found;
-    }
-    return {};  // never: the tables have all of them
-}
-
-// seven: the entry and a bit. Halves: the class, the lowest two bits of the left entry and its sign are a byte; the same
-// bits of the right one come after it.
-uint16_t code_of_folded(Layout layout, const Symbols& word, int n) {
-    float weights[8] = {};
+// The vector of weights that a group keeps.
+std::array<float, 8> weights_of(const Symbols& word, int n) {
+    std::array<float, 8> weights{};
     for (int i = 0; i < n; i++) {
         const int symbol = word[static_cast<size_t>(i)];
-        weights[symbol % 8] = symbol / 8 ? 1 : -1;
+        weights[static_cast<size_t>(symbol % 8)] = symbol / 8 ? 1 : -1;
     }
-    if (layout == Layout::seven) {
-        const Folded found = find_entry(kSeven, weights);
-        return static_cast<uint16_t>(found.entry | found.negative << 6);
+    return weights;
+}
+
+// The entry of a table of 64, and a bit if it stands for its negative.
+uint16_t code_of_seven(const Symbols& word) {
+    const auto weights = weights_of(word, 2);
+    for (int code = 0; code < 128; code++) {
+        bool same = true;
+        for (size_t j = 0; j < 8; j++) same &= kSeven.weights[j][code % 64] * (code < 64 ? 1 : -1) == weights[j];
+        if (same) return static_cast<uint16_t>(code);
     }
-    const Folded left = find_entry(kHalf, weights), right = find_entry(kHalf, weights + 4);
-    const Classes& classes = layout == Layout::halves3 ? kClasses<3> : kClasses<4>;
-    const unsigned first = classes.of[left.entry / 4][right.entry / 4] | left.entry % 4 << 5 | left.negative << 7;
-    return static_cast<uint16_t>(first | right.entry % 4 << 8 | right.negative << 10);
+    return 0;  // never: the table has all of them
+}
+
+// The left entry, the place of the right one in its block, and a bit if their sum stands for its negative.
+template <int n>
+uint16_t code_of_terms(const Symbols& word) {
+    using Own = Terms<n>;
+    constexpr int lefts = Own::kBlocks * Own::kLeft, positive = lefts * Own::kRight;
+    const auto weights = weights_of(word, n);
+    for (int code = 0; code < 2 * positive; code++) {
+        const int left = code % lefts, right = left / Own::kLeft * Own::kRight + code % positive / lefts;
+        const float sign = code < positive ? 1 : -1;
+        bool same = true;
+        for (size_t j = 0; j < 8 && same; j++) {
+            same = sign * (kTerms<n>.left.weights[j][left] + kTerms<n>.right.weights[j][right]) == weights[j];
+        }
+        if (same) return static_cast<uint16_t>(code);
+    }
+    return 0;  // never: the tables have all of them
 }
 
 uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
@@ -157,7 +163,9 @@ uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
         case Layout::five2:
         case Layout::five3: return code_of_five(word, shape.n);
         case Layout::generic: return static_cast<uint16_t>(index);
-        default: return code_of_folded(layout, word, shape.n);
+        case Layout::seven: return code_of_seven(word);
+        case Layout::terms3: return code_of_terms<3>(word);
+        default: return code_of_terms<4>(word);
     }
 }
 
@@ -567,10 +575,10 @@ std::vector<Field> fields_of(Layout layout, int group) {
         case Layout::single: return {{0, 4, 0, nibble, bytes}};
         case Layout::four: return {{0, 4, group % 4, group / 4 * 4, Field::quads}};
         case Layout::pair: return {{0, 4, 0, nibble, Field::pairs}, {4, 4, 1, nibble, Field::pairs}};
-        case Layout::halves3:
-        case Layout::halves4:
+        case Layout::terms3: return {{0, 8, 64 * group, 0, bytes}, {8, 1, 512 + 8 * group, 0, bits}};
+        case Layout::terms4:
             return {{0, 8, 64 * group, 0, bytes},
-                    {8, 2, 512 + 64 * quarter, group % 4 * 2, bytes},
+                    {8, 2, 512 + 64 * quarter, kRestAt[group % 4], bytes},
                     {10, 1, 640 + 8 * group, 0, bits}};
         default: break;
     }
@@ -605,7 +613,7 @@ Layout Shape::layout() const {
     }
     if (m != 8) return Layout::generic;
     constexpr Layout whole[] = {Layout::single, Layout::pair, Layout::triple, Layout::quad};
-    constexpr Layout halved[] = {Layout::four, Layout::seven, Layout::halves3, Layout::halves4};
+    constexpr Layout halved[] = {Layout::four, Layout::seven, Layout::terms3, Layout::terms4};
     return (order == Order::large ? halved : whole)[n - 1];
 }
 

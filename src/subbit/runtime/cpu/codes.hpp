@@ -45,8 +45,8 @@ enum class Layout {
     four,     // 1:8 in tables of 64, one for four groups: half a byte
     six,      // 1:4 in tables of 64, 6 bits for two codewords
     seven,    // 2:8 in tables of 64: 7 bits
-    halves3,  // 3:8 in tables of 64, one for four columns: 11 bits
-    halves4,  // 4:8, as 3:8
+    terms3,   // 3:8, the sum of an entry of a table of 32 and one of a table of 64: 9 bits
+    terms4,   // 4:8, of two tables of 64: 11 bits
     five1,    // 1:16 to 3:16 in tables of 64, of which 32 are used, both signs: 5 bits a symbol
     five2,
     five3,
@@ -93,8 +93,8 @@ constexpr Properties kProperties[] = {
     {8, 8, 256, 32, 1, kFourGrid, 40},     // four
     {8, 8, 384, 128, 1, kFoldedGrid, 13},  // six
     {8, 8, 448, 128, 1, kFoldedGrid, 11},  // seven
-    {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves3
-    {8, 8, 704, 256, 2, kFoldedGrid, 6},   // halves4
+    {8, 8, 576, 256, 2, kFoldedGrid, 9},   // terms3
+    {8, 8, 704, 256, 2, kFoldedGrid, 9},   // terms4
     {16, 8, 320, 64, 1, kTwoGrid, 48},     // five1
     {16, 8, 640, 64, 2, kTwoGrid, 20},     // five2
     {16, 8, 960, 64, 3, kTwoGrid, 11},     // five3
@@ -118,6 +118,7 @@ constexpr int chunk_tables(Layout layout) { return kChunkGroups * of(layout).tab
 
 constexpr bool is_wide(Layout layout) { return layout >= Layout::wide1 && layout <= Layout::wide3; }
 constexpr bool is_five(Layout layout) { return layout >= Layout::five1 && layout <= Layout::five3; }
+constexpr bool is_terms(Layout layout) { return layout == Layout::terms3 || layout == Layout::terms4; }
 constexpr bool has_symbols(Layout layout) { return layout == Layout::single || layout == Layout::pair; }
 
 // Where a row of a tile lies within 64 bytes (32 for 16 rows of `pair`). The order is the one in which widening 8 to 16
@@ -148,6 +149,9 @@ constexpr int kFiveBytes = 320;
 
 // Eight columns of the Hadamard matrix; bit j is 1 for +1.
 constexpr uint8_t kHadamard[12] = {255, 71, 142, 29, 58, 116, 233, 210, 164, 72, 145, 35};
+
+// terms4: in a byte for four groups, the lower one of the two bits of each that the byte of the group has no room for.
+constexpr int kRestAt[4] = {4, 0, 6, 2};
 
 // four: four bytes of a row, one after the other, for eight groups: the first four in their lower halves.
 constexpr int quad_of(int row) { return 4 * row; }

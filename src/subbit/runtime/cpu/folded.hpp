@@ -6,15 +6,14 @@
 namespace subbit {
 namespace {
 
-// Entry e is the sum of the columns of a group (or of half of it) times weights[j][e].
-template <int columns>
+// Entry e is the sum of the columns of a group times weights[j][e].
 struct Entries {
-    float weights[columns][64];
+    float weights[8][64];
 };
 
 // Two codewords of 1:4, three bits each: a column of four, and 4 if it is positive.
-constexpr Entries<8> make_six() {
-    Entries<8> table{};
+constexpr Entries make_six() {
+    Entries table{};
     for (int e = 0; e < 64; e++) {
         table.weights[e & 3][e] = e & 4 ? 1 : -1;
         table.weights[4 + (e >> 3 & 3)][e] = e & 32 ? 1 : -1;
@@ -23,8 +22,8 @@ constexpr Entries<8> make_six() {
 }
 
 // Two columns of eight, the left one positive: 56 entries.
-constexpr Entries<8> make_seven() {
-    Entries<8> table{};
+constexpr Entries make_seven() {
+    Entries table{};
     int e = 0;
     for (int right = 1; right < 8; right++) {
         for (int left = 0; left < right; left++) {
@@ -37,56 +36,85 @@ constexpr Entries<8> make_seven() {
     return table;
 }
 
-// Some columns of four, the leftmost of them positive. Blocks of four entries keep as many columns: 1, 4, 12, 16 and 8
-// entries keep 0 to 4.
-constexpr int kBlocks = 11;
-constexpr int kKept[kBlocks] = {0, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4};
+constexpr Entries kSix = make_six(), kSeven = make_seven();
 
-constexpr Entries<4> make_half() {
-    Entries<4> table{};
-    int e = 4;
-    for (int kept = 1; kept <= 4; kept++) {
-        for (int mask = 1; mask < 16; mask++) {
-            int columns[4] = {}, count = 0;
-            for (int j = 0; j < 4; j++) {
-                if (mask >> j & 1) columns[count++] = j;
-            }
-            if (count != kept) continue;
-            for (int negative = 0; negative < 1 << kept; negative += 2, e++) {
-                for (int i = 0; i < kept; i++) table.weights[columns[i]][e] = negative >> i & 1 ? -1 : 1;
-            }
-        }
-    }
-    return table;
-}
-
-constexpr Entries<8> kSix = make_six(), kSeven = make_seven();
-constexpr Entries<4> kHalf = make_half();
-
-// The pairs of blocks that keep n columns together, a class each: 21 for four, 14 for three. Entries of 64 because a
-// look-up ignores what is above bit 4, but not bit 5; blocks are there times four.
-struct Classes {
-    uint8_t left[64], right[64];
-    uint8_t of[kBlocks][kBlocks];
-};
-constexpr Classes make_classes(int n) {
-    Classes classes{};
-    int count = 0;
-    for (int left = 0; left < kBlocks; left++) {
-        for (int right = 0; right < kBlocks; right++) {
-            if (kKept[left] + kKept[right] != n) continue;
-            classes.of[left][right] = static_cast<uint8_t>(count);
-            for (int i = count; i < 64; i += 32) {
-                classes.left[i] = static_cast<uint8_t>(4 * left);
-                classes.right[i] = static_cast<uint8_t>(4 * right);
-            }
-            count++;
-        }
-    }
-    return classes;
-}
+// terms3 and terms4: a vector of weights, or its negative, is the sum of a left and a right entry. Entries are in blocks,
+// and every left one of a block goes with every right one of it, so that the block is said once for both.
 template <int n>
-constexpr Classes kClasses = make_classes(n);
+struct Terms {
+    static constexpr int kBlocks = n == 3 ? 8 : 4, kLeft = n == 3 ? 4 : 16, kRight = n == 3 ? 8 : 16;
+    Entries left{}, right{};  // those of block b from kLeft * b and kRight * b on
+};
+
+// Vectors of weights.
+struct Choices {
+    float weights[24][8]{};
+    int count = 0;
+};
+
+// Every choice of `kept` columns of some from `first` on, with all signs; `once`: the leftmost one is positive.
+constexpr Choices choices_of(int kept, int first, int columns, bool once) {
+    Choices choices{};
+    for (int mask = 1; mask < 1 << columns; mask++) {
+        int places[4] = {}, count = 0;
+        for (int j = 0; j < columns; j++) {
+            if (mask >> j & 1) places[count++] = first + j;
+        }
+        for (int negative = 0; count == kept && negative < 1 << kept; negative += once ? 2 : 1) {
+            float* weights = choices.weights[choices.count++];
+            for (int i = 0; i < kept; i++) weights[places[i]] = negative >> i & 1 ? -1 : 1;
+        }
+    }
+    return choices;
+}
+
+// Choices from number `from` on, `count` of them if there are so many, into a table from entry `at` on.
+constexpr void put_choices(Entries& table, int at, const Choices& choices, int from = 0, int count = 24) {
+    for (int i = from; i < choices.count && i < from + count; i++, at++) {
+        for (int j = 0; j < 8; j++) table.weights[j][at] = choices.weights[i][j];
+    }
+}
+
+template <int n>
+constexpr Terms<n> make_terms();
+
+// For each half of the columns: one of them and two of the others, three blocks; two that are neighbours and one of the
+// other two.
+template <>
+constexpr Terms<3> make_terms<3>() {
+    Terms<3> terms{};
+    for (int first = 0; first < 8; first += 4) {
+        for (int block = first; block < first + 3; block++) {
+            put_choices(terms.left, 4 * block, choices_of(1, first, 4, true));
+            put_choices(terms.right, 8 * block, choices_of(2, 4 - first, 4, false), 8 * (block - first), 8);
+        }
+        const int block = first + 3;
+        for (int i = 0; i < 4; i += 2) put_choices(terms.left, 4 * block + i, choices_of(2, first + i, 2, true));
+        put_choices(terms.right, 8 * block, choices_of(1, first, 4, false));
+    }
+    return terms;
+}
+
+// Two blocks for two columns of each half, 12 and 12 entries; in what is left of them, four of one half: the first two and
+// the last two. One and three columns, three and one.
+template <>
+constexpr Terms<4> make_terms<4>() {
+    Terms<4> terms{};
+    for (int half = 0; half < 2; half++) {
+        put_choices(terms.left, 16 * half, choices_of(2, 0, 4, true));
+        put_choices(terms.right, 16 * half, choices_of(2, 4, 4, false), 12 * half, 12);
+        put_choices(terms.left, 16 * half + 12, choices_of(2, 4 * half, 2, true));
+        put_choices(terms.right, 16 * half + 12, choices_of(2, 4 * half + 2, 2, false));
+    }
+    put_choices(terms.left, 32, choices_of(1, 0, 4, false));
+    put_choices(terms.right, 32, choices_of(3, 4, 4, true));
+    put_choices(terms.left, 48, choices_of(3, 0, 4, true));
+    put_choices(terms.right, 48, choices_of(1, 4, 4, false));
+    return terms;
+}
+
+template <int n>
+constexpr Terms<n> kTerms = make_terms<n>();
 
 }  // namespace
 }  // namespace subbit

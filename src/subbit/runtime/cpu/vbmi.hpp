@@ -17,32 +17,58 @@ inline __mmask64 load_mask(const uint8_t* p) {
 // four: the index of the lower half of each byte, in a table of 64 that has 16 entries for each byte of 32 bits.
 inline __m512i place_four(__m512i codes) { return select(15, codes, _mm512_set1_epi32(0x30201000)); }
 
-// halves: the entries of 64 rows for four columns, and which of them are to be negated.
-struct Half {
-    __m512i index;
+// terms3 and terms4: where in its tables the entries of 64 rows are, and whose sum is to be negated.
+struct Indices {
+    __m512i left, right;
     __mmask64 negative;
 };
 
-// Those of a unit of eight groups, in their order.
+// Those of a unit of eight groups, in their order. A look-up ignores the two upper bits of an index.
 template <Layout layout>
-struct Halves {
-    static constexpr const Classes& classes = kClasses<layout == Layout::halves3 ? 3 : 4>;
-    const uint8_t* codes;
-    __m512i rest[2];
-
-    explicit Halves(const uint8_t* unit) : codes(unit), rest{load(unit + 512), load(unit + 576)} {}
-
-    Half left(int j) const {
-        const __m512i code = load(codes + 64 * j), block = _mm512_permutexvar_epi8(code, load(classes.left));
-        return {select(3, _mm512_srli_epi16(code, 5), block), _mm512_movepi8_mask(code)};
+class TermIndices {
+   public:
+    explicit TermIndices(const uint8_t* unit) : codes_(unit) {
+        if (layout == Layout::terms4) rest_[0] = load(unit + 512), rest_[1] = load(unit + 576);
     }
-    Half right(int j) {
-        const __m512i block = _mm512_permutexvar_epi8(load(codes + 64 * j), load(classes.right));
-        const __m512i index = select(3, rest[j / 4], block);
-        rest[j / 4] = _mm512_srli_epi16(rest[j / 4], 2);
-        return {index, load_mask(codes + 640 + 8 * j)};
+
+    Indices of_group(int j) {
+        const __m512i code = load(codes_ + 64 * j);
+        if (layout == Layout::terms3) return {code, _mm512_srli_epi16(code, 2), load_mask(codes_ + 512 + 8 * j)};
+        __m512i& rest = rest_[j / 4];
+        if (j % 4 == 2) rest = _mm512_srli_epi16(rest, 2);
+        // The rest of every other group goes above the bits of the code, that of the others below them: so it is shifted
+        // once for four groups.
+        const __m512i right = j % 2 ? select(3, rest, _mm512_srli_epi16(code, 2))
+                                    : select(0x30, rest, _mm512_srli_epi16(code, 4));
+        return {code, right, load_mask(codes_ + 640 + 8 * j)};
     }
+
+   private:
+    const uint8_t* codes_;
+    __m512i rest_[2] = {};
 };
+
+// The tables in the order of these indices: the left one, the right one of the first, third, … group, and of the others.
+struct TermTables {
+    Entries of[3];
+};
+template <int n>
+constexpr TermTables make_term_tables() {
+    using Own = Terms<n>;
+    TermTables tables{};
+    for (int e = 0; e < 64; e++) {
+        const int left = e % (Own::kBlocks * Own::kLeft), right = e % Own::kBlocks * Own::kRight + e / Own::kBlocks;
+        const int other = n == 3 ? right : e / 4 % 4 * Own::kRight + e % 4 * 4 + e / 16;
+        for (int j = 0; j < 8; j++) {
+            tables.of[0].weights[j][e] = kTerms<n>.left.weights[j][left];
+            tables.of[1].weights[j][e] = kTerms<n>.right.weights[j][right];
+            tables.of[2].weights[j][e] = kTerms<n>.right.weights[j][other];
+        }
+    }
+    return tables;
+}
+template <int n>
+constexpr TermTables kTermTables = make_term_tables<n>();
 
 }  // namespace
 }  // namespace subbit
