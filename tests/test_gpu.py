@@ -108,7 +108,7 @@ def test_replayed_is_the_function() -> None:
 
 
 def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
-    """A function that waits for the GPU; with one warning."""
+    """A function that waits for the GPU; with one warning, and random numbers can be drawn afterwards."""
     replayed = Replayed(lambda inputs: inputs * float(inputs.sum()))
     for _ in range(6):
         inputs = torch.randn(4, device="cuda")

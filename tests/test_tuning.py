@@ -764,11 +764,14 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     replayed = Replayed(lambda inputs: inputs + 1)
     monkeypatch.setattr(replayed, "_warm_up", lambda inputs: inputs[0] + 1)
+    ended: list[bool] = []
+    monkeypatch.setattr(replayed, "_end_recording", lambda: ended.append(True))
     for call in range(6):
         assert replayed(torch.tensor([float(call)])).item() == call + 1
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
         "operation not permitted when stream is capturing"
     ]
+    assert ended == [True]
 
 
 def test_the_moments_of_the_optimizer_survive(taught: tuple[Job, Tensor, Tensor, list[LayerCall]]) -> None:

@@ -54,8 +54,17 @@ class Replayed:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             logger.warning("a step of this model cannot be recorded, so every step is slow: %s", reason)
+            self._end_recording()
         else:
             self._graph = graph
+
+    @staticmethod
+    def _end_recording() -> None:
+        """Until a recording succeeds after one that failed, torch refuses to draw random numbers on the GPU."""
+        number, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            number.add_(1)
+        graph.replay()
 
     def _warm_up(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """On another stream, as recording asks for."""
