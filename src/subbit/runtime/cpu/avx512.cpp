@@ -102,7 +102,7 @@ inline float largest_half(const float* x, int count) {
 // No entry is larger than `largest`.
 template <Layout layout>
 float build_folded(const float* x, int groups, uint8_t* tables) {
-    const float largest = layout == Layout::terms4 ? largest_half(x, 8 * groups) : 2 * largest_of(x, 8 * groups);
+    const float largest = is_terms(layout) ? largest_half(x, 8 * groups) : 2 * largest_of(x, 8 * groups);
     const float limit = kFoldedGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += of(layout).table_bytes) {
