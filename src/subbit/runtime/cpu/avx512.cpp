@@ -211,7 +211,8 @@ inline void add_folded(const uint8_t* codes, const uint8_t* tables, int groups, 
                 for (int k = 0; k < 2; k++) {
                     const uint8_t* table = tables + 128 * (j + k) + plane;
                     entries[k] = _mm512_permutexvar_epi8(index[j + k], load(table));
-                    if (layout == Layout::seven) entries[k] = negated<1>(entries[k], load_mask(codes + 384 + 8 * (j + k)));
+                    if (layout == Layout::six) continue;
+                    entries[k] = negated<1>(entries[k], load_mask(codes + 384 + 8 * (j + k)));
                 }
                 return _mm512_add_epi8(entries[0], entries[1]);
             };
