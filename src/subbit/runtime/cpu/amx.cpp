@@ -65,9 +65,9 @@ constexpr Units<2> four_units() {
     return units;
 }
 constexpr Units<8> kSixUnits = units_of(kSix), kSevenUnits = units_of(kSeven);
-template <int n>
-constexpr Units<8> kTermUnits[3] = {units_of(kTermTables<n>.of[0]), units_of(kTermTables<n>.of[1]),
-                                    units_of(kTermTables<n>.of[2])};
+template <Layout layout>
+constexpr Units<8> kTermUnits[3] = {units_of(kTermTables<layout>.of[0]), units_of(kTermTables<layout>.of[1]),
+                                    units_of(kTermTables<layout>.of[2])};
 constexpr Units<16> kFiveUnits = five_units();
 constexpr Units<2> kFourUnits = four_units();
 
@@ -136,7 +136,7 @@ void decode_folded(const uint8_t* codes, int groups, int8_t* weights) {
 
 template <Layout layout>
 void decode_terms(const uint8_t* codes, int groups, int8_t* weights) {
-    const auto& units = kTermUnits<layout == Layout::terms3 ? 3 : 4>;
+    const auto& units = kTermUnits<layout>;
     for (int group = 0; group < groups; codes += of(layout).unit_bytes) {
         TermIndices<layout> indices(codes);
         for (int j = 0; j < 8; j++, group++) {

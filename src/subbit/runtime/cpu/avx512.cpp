@@ -62,8 +62,8 @@ constexpr Entries pack_order(const Entries& entries) {
     }
     return packed;
 }
-template <int n, int which>
-constexpr Entries kPackedTerms = pack_order(kTermTables<n>.of[which]);
+template <Layout layout, int which>
+constexpr Entries kPackedTerms = pack_order(kTermTables<layout>.of[which]);
 
 // Whether any of 16 entries has a weight in column j.
 constexpr bool has_column(const Entries& packed, int j, int i) {
@@ -73,9 +73,9 @@ constexpr bool has_column(const Entries& packed, int j, int i) {
 }
 
 // A table from the columns of a group in steps of the grid; most entries have those of one half.
-template <int n, int which>
+template <Layout layout, int which>
 inline void put_terms(const __m512 (&columns)[8], uint8_t* table) {
-    constexpr const Entries& packed = kPackedTerms<n, which>;
+    constexpr const Entries& packed = kPackedTerms<layout, which>;
     __m512 sums[4] = {};
     SUBBIT_UNROLLED
     for (int j = 0; j < 8; j++) {
@@ -106,15 +106,14 @@ float build_folded(const float* x, int groups, uint8_t* tables) {
     const float limit = kFoldedGrid.limit;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? limit / largest : 0);
     for (int g = 0; g < groups; g++, x += 8, tables += of(layout).table_bytes) {
-        if (!is_terms(layout)) {
+        if constexpr (is_terms(layout)) {
+            __m512 columns[8];
+            for (int j = 0; j < 8; j++) columns[j] = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
+            put_terms<layout, 0>(columns, tables);
+            (g % 2 ? put_terms<layout, 2> : put_terms<layout, 1>)(columns, tables + 128);
+        } else {
             put_pairs<layout>(x, inverse, tables);
-            continue;
         }
-        constexpr int n = layout == Layout::terms3 ? 3 : 4;
-        __m512 columns[8];
-        for (int j = 0; j < 8; j++) columns[j] = _mm512_mul_ps(inverse, _mm512_set1_ps(x[j]));
-        put_terms<n, 0>(columns, tables);
-        (g % 2 ? put_terms<n, 2> : put_terms<n, 1>)(columns, tables + 128);
     }
     return largest / limit;
 }

@@ -108,43 +108,37 @@ uint16_t code_of_signs(const Symbols& word, int n) {
     return 0;  // never: see Layout
 }
 
-// The vector of weights that a group keeps.
-std::array<float, 8> weights_of(const Symbols& word, int n) {
-    std::array<float, 8> weights{};
+// The code below `positive` whose weights these are, `weight(code, column)`, or that and `positive` for their negatives.
+template <class Weight>
+uint16_t find_code(const Symbols& word, int n, int positive, Weight weight) {
+    float weights[8] = {};
     for (int i = 0; i < n; i++) {
         const int symbol = word[static_cast<size_t>(i)];
-        weights[static_cast<size_t>(symbol % 8)] = symbol / 8 ? 1 : -1;
+        weights[symbol % 8] = symbol / 8 ? 1 : -1;
     }
-    return weights;
-}
-
-// The entry of a table of 64, and a bit if it stands for its negative.
-uint16_t code_of_seven(const Symbols& word) {
-    const auto weights = weights_of(word, 2);
-    for (int code = 0; code < 128; code++) {
-        bool same = true;
-        for (size_t j = 0; j < 8; j++) same &= kSeven.weights[j][code % 64] * (code < 64 ? 1 : -1) == weights[j];
-        if (same) return static_cast<uint16_t>(code);
-    }
-    return 0;  // never: the table has all of them
-}
-
-// The left entry, the place of the right one in its block, and a bit if their sum stands for its negative.
-template <int n>
-uint16_t code_of_terms(const Symbols& word) {
-    using Own = Terms<n>;
-    constexpr int lefts = Own::kBlocks * Own::kLeft, positive = lefts * Own::kRight;
-    const auto weights = weights_of(word, n);
     for (int code = 0; code < 2 * positive; code++) {
-        const int left = code % lefts, right = left / Own::kLeft * Own::kRight + code % positive / lefts;
         const float sign = code < positive ? 1 : -1;
         bool same = true;
-        for (size_t j = 0; j < 8 && same; j++) {
-            same = sign * (kTerms<n>.left.weights[j][left] + kTerms<n>.right.weights[j][right]) == weights[j];
-        }
+        for (int j = 0; j < 8 && same; j++) same = sign * weight(code % positive, j) == weights[j];
         if (same) return static_cast<uint16_t>(code);
     }
     return 0;  // never: the tables have all of them
+}
+
+// The entry.
+uint16_t code_of_seven(const Symbols& word, int n) {
+    return find_code(word, n, 64, [](int code, int j) { return kSeven.weights[j][code]; });
+}
+
+// The left entry, then the place of the right one in its block.
+template <Layout layout>
+uint16_t code_of_terms(const Symbols& word, int n) {
+    using Own = Terms<layout>;
+    constexpr int lefts = Own::kBlocks * Own::kLeft;
+    return find_code(word, n, lefts * Own::kRight, [](int code, int j) {
+        const int left = code % lefts, right = left / Own::kLeft * Own::kRight + code / lefts;
+        return kTerms<layout>.left.weights[j][left] + kTerms<layout>.right.weights[j][right];
+    });
 }
 
 uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
@@ -163,9 +157,9 @@ uint16_t code_of(const Shape& shape, unsigned index, const Symbols& word) {
         case Layout::five2:
         case Layout::five3: return code_of_five(word, shape.n);
         case Layout::generic: return static_cast<uint16_t>(index);
-        case Layout::seven: return code_of_seven(word);
-        case Layout::terms3: return code_of_terms<3>(word);
-        default: return code_of_terms<4>(word);
+        case Layout::seven: return code_of_seven(word, shape.n);
+        case Layout::terms3: return code_of_terms<Layout::terms3>(word, shape.n);
+        default: return code_of_terms<Layout::terms4>(word, shape.n);
     }
 }
 

@@ -40,9 +40,10 @@ constexpr Entries kSix = make_six(), kSeven = make_seven();
 
 // terms3 and terms4: a vector of weights, or its negative, is the sum of a left and a right entry. Entries are in blocks,
 // and every left one of a block goes with every right one of it, so that the block is said once for both.
-template <int n>
+template <Layout layout>
 struct Terms {
-    static constexpr int kBlocks = n == 3 ? 8 : 4, kLeft = n == 3 ? 4 : 16, kRight = n == 3 ? 8 : 16;
+    static constexpr bool kThree = layout == Layout::terms3;
+    static constexpr int kBlocks = kThree ? 8 : 4, kLeft = kThree ? 4 : 16, kRight = kThree ? 8 : 16;
     Entries left{}, right{};  // those of block b from kLeft * b and kRight * b on
 };
 
@@ -75,14 +76,14 @@ constexpr void put_choices(Entries& table, int at, const Choices& choices, int f
     }
 }
 
-template <int n>
-constexpr Terms<n> make_terms();
+template <Layout layout>
+constexpr Terms<layout> make_terms();
 
 // For each half of the columns: one of them and two of the others, three blocks; two that are neighbours and one of the
 // other two.
 template <>
-constexpr Terms<3> make_terms<3>() {
-    Terms<3> terms{};
+constexpr Terms<Layout::terms3> make_terms() {
+    Terms<Layout::terms3> terms{};
     for (int first = 0; first < 8; first += 4) {
         for (int block = first; block < first + 3; block++) {
             put_choices(terms.left, 4 * block, choices_of(1, first, 4, true));
@@ -98,8 +99,8 @@ constexpr Terms<3> make_terms<3>() {
 // Two blocks for two columns of each half, 12 and 12 entries; in what is left of them, four of one half: the first two and
 // the last two. One and three columns, three and one.
 template <>
-constexpr Terms<4> make_terms<4>() {
-    Terms<4> terms{};
+constexpr Terms<Layout::terms4> make_terms() {
+    Terms<Layout::terms4> terms{};
     for (int half = 0; half < 2; half++) {
         put_choices(terms.left, 16 * half, choices_of(2, 0, 4, true));
         put_choices(terms.right, 16 * half, choices_of(2, 4, 4, false), 12 * half, 12);
@@ -113,8 +114,8 @@ constexpr Terms<4> make_terms<4>() {
     return terms;
 }
 
-template <int n>
-constexpr Terms<n> kTerms = make_terms<n>();
+template <Layout layout>
+constexpr Terms<layout> kTerms = make_terms<layout>();
 
 }  // namespace
 }  // namespace subbit

@@ -52,23 +52,23 @@ class TermIndices {
 struct TermTables {
     Entries of[3];
 };
-template <int n>
+template <Layout layout>
 constexpr TermTables make_term_tables() {
-    using Own = Terms<n>;
+    using Own = Terms<layout>;
     TermTables tables{};
     for (int e = 0; e < 64; e++) {
         const int left = e % (Own::kBlocks * Own::kLeft), right = e % Own::kBlocks * Own::kRight + e / Own::kBlocks;
-        const int other = n == 3 ? right : e / 4 % 4 * Own::kRight + e % 4 * 4 + e / 16;
+        const int other = Own::kThree ? right : e / 4 % 4 * Own::kRight + e % 4 * 4 + e / 16;
         for (int j = 0; j < 8; j++) {
-            tables.of[0].weights[j][e] = kTerms<n>.left.weights[j][left];
-            tables.of[1].weights[j][e] = kTerms<n>.right.weights[j][right];
-            tables.of[2].weights[j][e] = kTerms<n>.right.weights[j][other];
+            tables.of[0].weights[j][e] = kTerms<layout>.left.weights[j][left];
+            tables.of[1].weights[j][e] = kTerms<layout>.right.weights[j][right];
+            tables.of[2].weights[j][e] = kTerms<layout>.right.weights[j][other];
         }
     }
     return tables;
 }
-template <int n>
-constexpr TermTables kTermTables = make_term_tables<n>();
+template <Layout layout>
+constexpr TermTables kTermTables = make_term_tables<layout>();
 
 }  // namespace
 }  // namespace subbit
